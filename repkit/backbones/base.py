@@ -1,0 +1,214 @@
+"""Backbone: a frozen denoiser whose activations have names. One subclass a family, in the files beside this one."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from repkit.capture import Point, capture
+from repkit.schedule import Schedule
+
+Cond = str | int | Sequence[str | int] | None
+
+
+@dataclass(frozen=True)
+class Block:
+    """A tappable activation: its channels, and its stride in image pixels at the backbone's default size."""
+
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the network is told beside x_t and t, one row an image; keys are the network's own argument names."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __getitem__(self, rows: Any) -> "Condition":
+        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+
+class Backbone(ABC):
+    """A frozen denoiser: images -> clean latents, label or prompt -> condition, (x_t, t, condition) -> prediction.
+
+    A family defines `encode`, `condition`, `predict` and `points`; everything else follows from them.
+    `size`: default image side in pixels. `multiple`: what image sides must be divisible by. `square`: whether both
+    sides must equal `size`. `clean_t`: the native time the network is told for images without noise.
+    """
+
+    name: str
+    model: nn.Module
+    schedule: Schedule
+    size: int
+    multiple: int
+    square: bool = False
+    class_names: Sequence[str] | None = None
+    clean_t: float = 0
+    options: Mapping[str, str] = {}  # what else decides the values, for the identity: how latents are taken, ...
+    provenance: Mapping[str, str | None] = {}  # what `load` was given, from which it can be loaded again
+
+    @abstractmethod
+    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
+        """Images, RGB in [0, 1] at a valid size, to the clean latents x0 the network works on."""
+
+    @abstractmethod
+    def condition(self, cond: Cond, batch: int) -> Condition:
+        """One condition for all, or a sequence with one for each image; None is the null condition where there is one.
+
+        Raises ValueError for None where the model has no null condition, and for what it does not know.
+        """
+
+    @abstractmethod
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Call `model`, which stands in for `self.model`, as the family's forward wants it: t is [b], native."""
+
+    @cached_property
+    @abstractmethod
+    def points(self) -> Mapping[str, Point]:
+        """Where each named block is taken, in the order of the forward."""
+
+    def denoise(self, x_t: Float[Tensor, "b c h w"], t: Tensor | float, condition: Condition) -> Tensor:
+        """The network's prediction, in the schedule's kind, float32; a learned-variance half is dropped."""
+        return self.predict(self.model, x_t.to(self.dtype), self._times(t, x_t), condition).float()
+
+    def activations(
+        self, x_t: Float[Tensor, "b c h w"], t: Tensor | float, condition: Condition, blocks: Sequence[str]
+    ) -> dict[str, Float[Tensor, "b _c _h _w"]]:
+        """The maps of `blocks` (names, or module paths written `/a.b`) from one forward that ends at the last one."""
+        points = {block: self.point(block) for block in blocks}
+        times = self._times(t, x_t)
+        raw = capture(
+            self.model, list(points.values()), lambda model: self.predict(model, x_t.to(self.dtype), times, condition)
+        )
+        return {block: self.fold(raw[point], x_t) for block, point in points.items()}
+
+    def point(self, block: str) -> Point:
+        """The point of a block name or of a module path written `/a.b`."""
+        if block.startswith("/"):
+            return Point(block[1:])
+        return self.points[block]
+
+    def fold(self, raw: Any, x_t: Float[Tensor, "b _c _h _w"]) -> Float[Tensor, "b c h w"]:
+        """What a module returned, as a map: maps as they are, tokens on their grid."""
+        value = raw[0] if isinstance(raw, tuple) else raw
+        if value.ndim == 4:
+            return value
+        if value.ndim != 3:
+            raise ValueError(
+                f"an activation of shape {tuple(value.shape)} is neither a map [b c h w] nor tokens [b n c]"
+            )
+        height, width = grid_of(value.shape[1], x_t.shape[-2], x_t.shape[-1])
+        return rearrange(value, "b (h w) c -> b c h w", h=height, w=width)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError, naming the nearest valid sizes, for an image size the network cannot take."""
+        if self.square and (height, width) != (self.size, self.size):
+            raise ValueError(
+                f"{self.name} takes {self.size}x{self.size} images only, not {height}x{width}; resize them"
+            )
+        if height % self.multiple or width % self.multiple:
+            near = "x".join(str(max(1, round(side / self.multiple)) * self.multiple) for side in (height, width))
+            raise ValueError(
+                f"{self.name} takes sides that are multiples of {self.multiple}, not {height}x{width}; nearest: {near}"
+            )
+
+    def _times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
+        """t as [b]; training timesteps are integers, since some networks look them up in a table."""
+        times = torch.as_tensor(t, device=x_t.device)
+        return (times.long() if self.schedule.kind == "discrete" else times.float()).expand(len(x_t))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @cached_property
+    def blocks(self) -> Mapping[str, Block]:
+        """Every named block with its channels and stride, from a forward on shapes alone: nothing is computed."""
+        return self.describe(list(self.points))
+
+    def describe(self, blocks: Sequence[str]) -> dict[str, Block]:
+        """Channels and stride of blocks given by name or module path; ValueError for a path that is not there."""
+        shapes = self.shapes(blocks, self.size, self.size)
+        return {block: Block(shape[0], self.size // shape[1]) for block, shape in shapes.items()}
+
+    def shapes(self, blocks: Sequence[str], height: int, width: int) -> dict[str, tuple[int, int, int]]:
+        """The shape (c, h, w) of each block's map for images of height x width."""
+        self.check_size(height, width)
+        with self._shapes_only(height, width) as (x_t, condition):
+            maps = self.activations(x_t, 0, condition, blocks)
+            return {block: (found.shape[1], found.shape[2], found.shape[3]) for block, found in maps.items()}
+
+    @cached_property
+    def flops(self) -> Mapping[str, float]:
+        """For each named block, the share of the full forward's FLOPs that is spent when it is reached."""
+        spent: dict[Point, int] = {}
+        with self._shapes_only(self.size, self.size) as (x_t, condition), FlopCounterMode(display=False) as counter:
+            capture(
+                self.model,
+                list(self.points.values()),
+                lambda model: self.predict(model, x_t, self._times(0, x_t), condition),
+                stop=False,
+                taken_at=lambda point: spent.setdefault(point, counter.get_total_flops()),
+            )
+        total = counter.get_total_flops()
+        return {name: spent[point] / total for name, point in self.points.items()}
+
+    @contextmanager
+    def _shapes_only(self, height: int, width: int) -> Iterator[tuple[Tensor, Condition]]:
+        """The input of one image that has shapes and no values, so that a forward costs nothing."""
+        condition = self._any_condition()
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            images = torch.zeros(1, 3, height, width, device=self.device)
+            yield self.encode(images).to(self.dtype), condition
+
+    def _any_condition(self) -> Condition:
+        try:
+            return self.condition(None, 1)
+        except ValueError:  # a class-conditional network without a null class
+            return self.condition(0, 1)
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """Every network that features depend on; a family adds its autoencoder and text encoders."""
+        return {"denoiser": self.model}
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 over the names, dtypes, shapes and bytes of all weights in `networks`."""
+        return hash_weights(self.networks)
+
+
+def hash_weights(networks: Mapping[str, nn.Module]) -> str:
+    """sha256 (hex) over the names, dtypes, shapes and bytes of the networks' parameters and buffers."""
+    digest = hashlib.sha256()
+    for network, module in sorted(networks.items()):
+        for name, tensor in sorted(module.state_dict().items()):
+            digest.update(f"{network}.{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().data)  # bytes, whatever the dtype
+    return digest.hexdigest()
+
+
+def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """The grid (h, w) that `tokens` make on a latent of height x width: the latent divided by one whole factor."""
+    for factor in range(1, max(height, width) + 1):
+        grid = ceil(height / factor), ceil(width / factor)
+        if grid[0] * grid[1] == tokens:
+            return grid
+    raise ValueError(f"{tokens} tokens do not lie on a grid over a {height}x{width} latent")

@@ -1,0 +1,49 @@
+"""diffusers' UNet2DModel: pixel-space U-Nets, unconditional or conditioned on a class."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from repkit.backbones.base import Backbone, Cond, Condition
+from repkit.backbones.labels import class_labels
+from repkit.backbones.latents import encode_pixels
+from repkit.backbones.unet_points import unet_points
+from repkit.capture import Point
+from repkit.schedule import Schedule
+
+
+class UNet(Backbone):
+    """A UNet2DModel on pixels. Classes past the named ones are the null class, as in classifier-free guidance."""
+
+    def __init__(
+        self, model: nn.Module, schedule: Schedule, *, name: str = "unet", class_names: Sequence[str] | None = None
+    ) -> None:
+        config = model.config
+        self.name, self.model, self.schedule = name, model, schedule
+        self.size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
+        self.multiple = 2 ** sum(stage.downsamplers is not None for stage in model.down_blocks)
+        self.class_names = class_names
+        self._labels = config.num_class_embeds or 0
+
+    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c H W"]:
+        return encode_pixels(images, self.model.config.in_channels)
+
+    def condition(self, cond: Cond, batch: int) -> Condition:
+        if not self._labels:
+            if cond is not None:
+                raise ValueError(f"{self.name} is unconditional; leave cond out instead of giving {cond!r}")
+            return Condition({})
+        count = len(self.class_names) if self.class_names else self._labels
+        null = count if count < self._labels else None
+        labels = class_labels(cond, batch, names=self.class_names, count=count, null=null, model=self.name)
+        return Condition({"class_labels": labels.to(self.device)})
+
+    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        prediction = model(x_t, t, return_dict=False, **condition.tensors)[0]
+        return prediction[:, : x_t.shape[1]]
+
+    @cached_property
+    def points(self) -> Mapping[str, Point]:
+        return unet_points(self.model)

@@ -1,0 +1,68 @@
+"""The names of a diffusers U-Net's activations, read off its structure: the same for every model of the family."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from repkit.capture import Point
+
+
+def unet_points(model: nn.Module) -> dict[str, Point]:
+    """`down.i`, `mid`, `up.i` (a stage's output, after its sampler), what lies inside them, and the `skip.n` tensors.
+
+    Inside a stage: `resnet.j` and its `conv2` (before the shortcut is added), `attn.j`, and the projections of
+    attention. `skip.0` is the first convolution's output, then one for each down layer and downsampler in turn.
+    """
+    points: dict[str, Point] = {}
+    skips = ["conv_in"]
+    for index, stage in enumerate(model.down_blocks):  # type: ignore[union-attr, arg-type]
+        path = f"down_blocks.{index}"
+        points |= _stage_points(f"down.{index}", path, stage)
+        skips += _skip_paths(path, stage)
+    if model.mid_block is not None:
+        points |= _stage_points("mid", "mid_block", model.mid_block)  # type: ignore[arg-type]
+    for index, stage in enumerate(model.up_blocks):  # type: ignore[union-attr, arg-type]
+        points |= _stage_points(f"up.{index}", f"up_blocks.{index}", stage)
+    return points | {f"skip.{index}": Point(path) for index, path in enumerate(skips)}
+
+
+def _stage_points(name: str, path: str, stage: nn.Module) -> dict[str, Point]:
+    points: dict[str, Point] = {}
+    for index, _ in enumerate(_listed(stage, "resnets")):
+        points[f"{name}.resnet.{index}.conv2"] = Point(f"{path}.resnets.{index}.conv2")
+        points[f"{name}.resnet.{index}"] = Point(f"{path}.resnets.{index}")
+    for index, attention in enumerate(_listed(stage, "attentions")):
+        if attention is not None:  # a middle stage built without attention keeps empty places
+            points |= dict(_attention_points(f"{name}.attn.{index}", f"{path}.attentions.{index}", attention))
+            points[f"{name}.attn.{index}"] = Point(f"{path}.attentions.{index}")
+    return points | {name: Point(path)}
+
+
+def _attention_points(name: str, path: str, attention: nn.Module) -> Iterator[tuple[str, Point]]:
+    if hasattr(attention, "to_q"):  # plain self-attention, as in UNet2DModel
+        yield from _projections(f"{name}.self", path)
+        return
+    for index, block in enumerate(_listed(attention, "transformer_blocks")):
+        inner, inside = f"{name}.block.{index}", f"{path}.transformer_blocks.{index}"
+        yield from _projections(f"{inner}.self", f"{inside}.attn1")
+        if getattr(block, "attn2", None) is not None:
+            yield f"{inner}.cross.q", Point(f"{inside}.attn2.to_q")
+            yield f"{inner}.cross.out", Point(f"{inside}.attn2")
+        yield f"{inner}.ff", Point(f"{inside}.ff")
+
+
+def _projections(name: str, path: str) -> Iterator[tuple[str, Point]]:
+    for part in "qkv":
+        yield f"{name}.{part}", Point(f"{path}.to_{part}")
+    yield f"{name}.out", Point(path)
+
+
+def _skip_paths(path: str, stage: nn.Module) -> list[str]:
+    attentions = _listed(stage, "attentions")
+    last = "attentions" if attentions else "resnets"
+    paths = [f"{path}.{last}.{index}" for index, _ in enumerate(_listed(stage, "resnets"))]
+    return paths + [f"{path}.downsamplers.{index}" for index, _ in enumerate(_listed(stage, "downsamplers"))]
+
+
+def _listed(module: nn.Module, name: str) -> list[nn.Module]:
+    return list(getattr(module, name, None) or [])

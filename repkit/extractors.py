@@ -1,0 +1,208 @@
+"""DiffusionExtractor: images -> Features, at chosen blocks and times of a frozen denoiser."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from math import log
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from repkit.backbones.base import Backbone, Block, Cond, Condition
+from repkit.features import Features, Identity, check_finite
+from repkit.images import Resize, decode, decoder_identity, digest, to_tensor, to_uint8
+from repkit.noise import NOISE_VERSION, SHARED, batch_noise
+from repkit.taps import Time, parse_taps
+
+Images = Float[Tensor, "b 3 H W"] | Sequence[Image.Image | Path | str]
+Noise = Literal["image", "shared", "fresh"]
+
+
+class Extractor(Protocol):
+    """What exports, heads and indexes ask of an extractor.
+
+    `blocks` maps each output key to its channels and stride, `shapes` to (c, h, w) at the size that `resize` makes.
+    """
+
+    resize: Resize
+
+    @property
+    def blocks(self) -> Mapping[str, Block]: ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int, int]]: ...
+
+    @property
+    def identity(self) -> Identity: ...
+
+    def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images as a network takes them: RGB in [0, 1], with the mask of what a padding resize left."""
+
+    images: Float[Tensor, "b 3 H W"]
+    mask: Bool[Tensor, "b H W"] | None = None
+
+
+def prepare(images: Images, resize: Resize, device: torch.device) -> Batch:
+    """Decode and resize paths and PIL images; tensors are used as they are."""
+    if isinstance(images, Tensor):
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} and {images.dtype}; give float tensors [b 3 H W], RGB in [0, 1]"
+            )
+        return Batch(images.to(device))
+    if len(images) == 0:
+        raise ValueError("no images given; give at least one")
+    pixels, masks = zip(*(resize(decode(image)) for image in images), strict=True)
+    mask = None if masks[0] is None else torch.from_numpy(np.stack(masks)).to(device)
+    return Batch(to_tensor(np.stack(pixels)).to(device), mask)
+
+
+@dataclass(frozen=True)
+class Level:
+    """A resolved noise level: what the network is told, and whether the image gets noise at all."""
+
+    t: float
+    clean: bool = False
+
+
+class DiffusionExtractor:
+    """Images -> Features at `taps` of a diffusion backbone.
+
+    taps: groups `BLOCKS@TIMES`. resize: how paths and PIL images become network inputs; None is the backbone's size,
+    bicubic, centre crop. cond: a prompt, a class name or an index, for all images. draws: the mean is taken over that
+    many noises. noise: "image" depends on the image's content, "shared" is the same for all, "fresh" is new each call.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        taps: str | Sequence[str],
+        *,
+        resize: Resize | None = None,
+        cond: Cond = None,
+        draws: int = 1,
+        seed: int = 0,
+        noise: Noise = "image",
+    ) -> None:
+        if noise not in ("image", "shared", "fresh"):
+            raise ValueError(f"no noise {noise!r}; have image, shared, fresh")
+        if draws < 1:
+            raise ValueError(f"draws={draws}; give at least 1")
+        self.backbone, self.cond, self.draws, self.seed, self.noise = backbone, cond, draws, seed, noise
+        self.resize = resize or Resize(backbone.size)
+        self.taps = {str(tap): tap for tap in parse_taps(taps, list(backbone.points), model=backbone.name)}
+        self.levels = {key: resolve(backbone, tap.time) for key, tap in self.taps.items() if tap.time is not None}
+        found = backbone.describe([tap.block for tap in self.taps.values()])
+        self.blocks: Mapping[str, Block] = {key: found[tap.block] for key, tap in self.taps.items()}
+        backbone.condition(cond, 1 if cond is None or isinstance(cond, str | int) else len(cond))
+
+    def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
+        """Extract every tap with one forward for each (time, draw); `cond` overrides the extractor's.
+
+        grad=True keeps the graph, so that features can be differentiated with respect to the images. Non-finite
+        features raise FloatingPointError, unless check=False leaves them to the caller.
+        """
+        batch = prepare(images, self.resize, self.backbone.device)
+        height, width = batch.images.shape[-2:]
+        self.backbone.check_size(height, width)
+        digests = self._digests(batch.images)
+        with nullcontext() if grad else torch.no_grad():
+            x0 = self.backbone.encode(batch.images)
+            condition = self.backbone.condition(self.cond if cond is None else cond, len(x0))
+            maps: dict[str, Tensor] = {}
+            for level in dict.fromkeys(self.levels.values()):
+                maps |= self._at(level, x0, condition, digests)
+        if check:
+            check_finite(maps)
+        return Features({key: maps[key] for key in self.taps}, (height, width), batch.mask, self.identity)
+
+    def _at(self, level: Level, x0: Tensor, condition: Condition, digests: list[bytes]) -> dict[str, Tensor]:
+        """The taps of one level, averaged over the draws."""
+        keys = {key: self.taps[key].block for key, at in self.levels.items() if at == level}
+        draws = 1 if level.clean else self.draws
+        mean: dict[str, Tensor] = {}
+        for draw in range(draws):
+            x_t = (
+                x0
+                if level.clean
+                else self.backbone.schedule.add_noise(x0, self._eps(x0, level, digests, draw), level.t)
+            )
+            maps = self.backbone.activations(x_t, level.t, condition, list(dict.fromkeys(keys.values())))
+            for key, block in keys.items():
+                value = maps[block].float() / draws
+                mean[key] = mean[key] + value if key in mean else value
+        return mean
+
+    def _eps(self, x0: Tensor, level: Level, digests: list[bytes], draw: int) -> Tensor:
+        if self.noise == "fresh":
+            return torch.randn_like(x0)
+        return batch_noise(x0.shape[1:], seed=self.seed, digests=digests, t=level.t, draw=draw).to(x0.device)
+
+    def _digests(self, images: Float[Tensor, "b 3 H W"]) -> list[bytes]:
+        if self.noise != "image":
+            return [SHARED] * len(images)
+        return [digest(image) for image in to_uint8(images.detach())]
+
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, int, int]]:
+        """(c, h, w) of each key's map for images that went through `resize`."""
+        found = self.backbone.shapes([tap.block for tap in self.taps.values()], *self.resize.shape)
+        return {key: found[tap.block] for key, tap in self.taps.items()}
+
+    @property
+    def provenance(self) -> Mapping[str, str | None]:
+        """What `load` was given, from which the backbone can be loaded again."""
+        return self.backbone.provenance
+
+    @property
+    def identity(self) -> Identity:
+        """What decides the features' values, as JSON-ready data; equal identities mean comparable features."""
+        return {
+            "extractor": "diffusion",
+            "weights": self.backbone.weights_hash,
+            "schedule": self.backbone.schedule.identity,
+            "taps": {key: self._resolved(level) for key, level in self.levels.items()},
+            "resize": self.resize.identity,
+            "decoder": decoder_identity(),
+            "cond": list(self.cond)
+            if isinstance(self.cond, Sequence) and not isinstance(self.cond, str)
+            else self.cond,
+            "draws": self.draws,
+            "seed": self.seed,
+            "noise": self.noise,
+            "noise_version": NOISE_VERSION,
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            **self.backbone.options,
+        }
+
+    def _resolved(self, level: Level) -> dict[str, Any]:
+        if level.clean:
+            return {"t": level.t, "clean": True}
+        alpha, sigma = (float(value) for value in self.backbone.schedule.coefficients(level.t))
+        return {"t": level.t, "logsnr": 2 * (log(alpha) - log(sigma)) if alpha and sigma else None}
+
+
+def resolve(backbone: Backbone, time: Time) -> Level:
+    """The native time of what a tap asks for; ValueError where the model has no such time."""
+    schedule = backbone.schedule
+    if time.kind == "clean":
+        return Level(backbone.clean_t if time.value is None else time.value, clean=True)
+    assert time.value is not None
+    if time.kind == "sigma":
+        return Level(float(schedule.time(sigma=time.value)))
+    if time.kind == "logsnr":
+        return Level(float(schedule.time(logsnr=time.value)))
+    if schedule.kind == "edm":
+        raise ValueError(f"{backbone.name} has no training timesteps, so no time {time}; write sigma=... instead")
+    schedule.coefficients(time.value)  # refuses what is out of range
+    return Level(float(time.value))

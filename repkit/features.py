@@ -1,0 +1,70 @@
+"""Features: what an extractor returns, and the identity that says which extractor made them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Identity = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Features(Mapping[str, Tensor]):
+    """A frozen mapping from tap key to its map [b c h w]; `cls` tokens are [b c 1 1].
+
+    size: (H, W) of the images the network saw, in pixels. mask: True where a padded image has content, else None.
+    identity: the extractor that made them.
+    """
+
+    maps: Mapping[str, Float[Tensor, "b _c _h _w"]]
+    size: tuple[int, int]
+    mask: Bool[Tensor, "b H W"] | None = None
+    identity: Identity = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, key: str) -> Tensor:
+        try:
+            return self.maps[key]
+        except KeyError:
+            raise KeyError(f"no features {key!r}; have {', '.join(self.maps)}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.maps)
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+
+def check_finite(maps: Mapping[str, Tensor]) -> None:
+    """Raise FloatingPointError naming the first tap with a non-finite value, and the remedy."""
+    for key, value in maps.items():
+        if not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).flatten(1).any(1).sum())
+            raise FloatingPointError(
+                f"{key} is not finite in {bad} of {len(value)} images; "
+                "load the model with dtype=torch.bfloat16 or torch.float32 (float16 overflows in some networks)"
+            )
+
+
+def identity_hash(identity: Identity) -> str:
+    """sha256 (hex) of the identity's canonical JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def identity_differences(mine: Any, theirs: Any, path: str = "") -> list[str]:
+    """Say line by line where two identities differ: `seed: 0 here, 1 there`."""
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        missing = "nothing"
+        return [
+            line
+            for key in keys
+            for line in identity_differences(
+                mine.get(key, missing), theirs.get(key, missing), f"{path}.{key}" if path else str(key)
+            )
+        ]
+    return [] if mine == theirs else [f"{path}: {mine} here, {theirs} there"]

@@ -1,0 +1,29 @@
+"""What every test relies on: no network, no display, one thread, the same random numbers each time."""
+
+import os
+
+# Before any import of huggingface_hub or matplotlib, which read these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("repkit", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repkit")
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A seeded CPU generator for tensors."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A seeded generator for numpy arrays."""
+    return np.random.default_rng(0)
