@@ -76,7 +76,8 @@ def fit_knn(
     found = train.labels[neighbours]
     votes = (_votes(similarity[:, :k], found[:, :k], temperature, n_classes) for k in path)
     scores = [accuracy(truth, v.argmax(axis=1)) for v in votes]
-    return KnnProbe(index, train.labels, n_classes, temperature, choose("k", path, scores, by, prefer_large=True))
+    chosen = choose("k", path, scores, by, prefer_large=True)
+    return KnnProbe(index, train.labels.copy(), n_classes, temperature, chosen)
 
 
 def _ks(ks: Candidates, rows: int) -> list[int]:

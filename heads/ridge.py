@@ -18,7 +18,6 @@ from repkit.heads.selection import (
     Labelled,
     Labels,
     Pair,
-    Rows,
     checked_features,
     checked_labels,
     checked_pair,
@@ -41,7 +40,7 @@ class RidgeProbe:
 
     @property
     def alpha(self) -> float:
-        return self.chosen.value
+        return float(self.chosen.value)
 
     def logits(self, x: ArrayLike) -> Float64[np.ndarray, "n k"]:
         """Least-squares scores, about -1 to +1; not log-probabilities."""

@@ -33,13 +33,15 @@ class Choice:
     """The value taken for a hyper-parameter, and each candidate's accuracy in [0, 1] on the data that chose it."""
 
     name: str
-    value: float
-    candidates: tuple[float, ...]
+    value: float | int
+    candidates: tuple[float | int, ...]
     scores: tuple[float, ...]
     by: str  # "validation", "leave-one-out" or "held-out"
 
 
-def choose(name: str, candidates: Candidates, scores: Sequence[float], by: str, *, prefer_large: bool) -> Choice:
+def choose(
+    name: str, candidates: Sequence[float | int], scores: Sequence[float], by: str, *, prefer_large: bool
+) -> Choice:
     """The most accurate candidate; among equals the smoother one, which `prefer_large` says is the largest."""
     best = max(scores)
     tied = [candidate for candidate, score in zip(candidates, scores, strict=True) if score == best]

@@ -132,21 +132,19 @@ class DiffusionExtractor:
         draws = 1 if level.clean else self.draws
         mean: dict[str, Tensor] = {}
         for draw in range(draws):
-            x_t = (
-                x0
-                if level.clean
-                else self.backbone.schedule.add_noise(x0, self._eps(x0, level, digests, draw), level.t)
-            )
+            x_t = x0 if level.clean else self._noised(x0, level, digests, draw)
             maps = self.backbone.activations(x_t, level.t, condition, list(dict.fromkeys(keys.values())))
             for key, block in keys.items():
                 value = maps[block].float() / draws
                 mean[key] = mean[key] + value if key in mean else value
         return mean
 
-    def _eps(self, x0: Tensor, level: Level, digests: list[bytes], draw: int) -> Tensor:
+    def _noised(self, x0: Tensor, level: Level, digests: list[bytes], draw: int) -> Tensor:
         if self.noise == "fresh":
-            return torch.randn_like(x0)
-        return batch_noise(x0.shape[1:], seed=self.seed, digests=digests, t=level.t, draw=draw).to(x0.device)
+            eps = torch.randn_like(x0)
+        else:
+            eps = batch_noise(x0.shape[1:], seed=self.seed, digests=digests, t=level.t, draw=draw).to(x0.device)
+        return self.backbone.schedule.add_noise(x0, eps, level.t)
 
     def _digests(self, images: Float[Tensor, "b 3 H W"]) -> list[bytes]:
         if self.noise != "image":

@@ -26,11 +26,14 @@ Points = TypeVar("Points", np.ndarray, Tensor)
 
 @runtime_checkable
 class BinaryFile(Protocol):
-    """What is open for reading bytes."""
+    """What is open for reading bytes, as by `open(path, "rb")`."""
 
     def read(self, size: int = -1, /) -> bytes: ...
+    def seekable(self) -> bool: ...
 
 
+Number = int | float
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 Source = Path | str | bytes | BinaryFile | Image.Image
 
 # EXIF orientation -> what puts the stored picture upright (1 is upright already).
@@ -85,7 +88,8 @@ def _name(source: Source) -> str:
     if isinstance(source, Image.Image):
         return str(getattr(source, "filename", "") or "image")
     if isinstance(source, BinaryFile):
-        return str(getattr(source, "name", "image stream"))
+        name = getattr(source, "name", None)  # of a pipe it is a number
+        return name if isinstance(name, str) else "image stream"
     raise TypeError(f"cannot decode a {type(source).__name__}; give a path, bytes, a binary file or a PIL image")
 
 
@@ -101,7 +105,7 @@ def _opened(source: Source) -> Iterator[Image.Image]:
     elif isinstance(source, bytes):
         yield Image.open(BytesIO(source), formats=FORMATS)
     else:
-        yield Image.open(cast(IO[bytes], source), formats=FORMATS)
+        yield Image.open(cast(IO[bytes], source if source.seekable() else BytesIO(source.read())), formats=FORMATS)
 
 
 def _reason(error: Exception) -> str:
@@ -229,29 +233,27 @@ class Resize:
         scale = (width / (x1 - x0), height / (y1 - y0))
         return (points + 0.5 - _pair((x0, y0), points)) * _pair(scale, points) - 0.5 + _pair(corner, points)
 
-    def _placement(
-        self, width: int, height: int
-    ) -> tuple[tuple[float, float, float, float], tuple[int, int], tuple[int, int]]:
+    def _placement(self, width: int, height: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
         """The part of the image that is used, the (width, height) it gets, and its upper left corner in the result."""
         out_h, out_w = self.shape
         wider = width * out_h > height * out_w
+        used_w, used_h = float(width), float(height)
         if self.policy == "pad":
             fit_w = out_w if wider else max(1, round(width * out_h / height))
             fit_h = max(1, round(height * out_w / width)) if wider else out_h
-            return (0, 0, width, height), (fit_w, fit_h), ((out_w - fit_w) // 2, (out_h - fit_h) // 2)
-        used_w, used_h = float(width), float(height)
+            return (0.0, 0.0, used_w, used_h), (fit_w, fit_h), ((out_w - fit_w) // 2, (out_h - fit_h) // 2)
         if self.policy == "crop":
             used_w, used_h = (height * out_w / out_h, used_h) if wider else (used_w, width * out_h / out_w)
         left, top = (width - used_w) / 2, (height - used_h) / 2
         return (left, top, left + used_w, top + used_h), (out_w, out_h), (0, 0)
 
 
-def _resample(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+def _resample(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
     left, top, right, bottom = box
     if size[0] > right - left and size[1] < bottom - top:
         # PIL goes along x first: a 1x50000 image would become 224x50000 on its way to 224x224.
-        image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC, (0, top, image.width, bottom))
-        box = (left, 0, right, size[1])
+        image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC, (0.0, top, float(image.width), bottom))
+        box = (left, 0.0, right, float(size[1]))
     return image.resize(size, Image.Resampling.BICUBIC, box)
 
 
@@ -287,7 +289,7 @@ def _check_rgb8(images: np.ndarray) -> None:
         raise ValueError(f"have {images.dtype} of shape {images.shape}; give uint8 of shape [H W 3]")
 
 
-def pixel_to_grid(points: Points, stride: float | tuple[float, float]) -> Points:
+def pixel_to_grid(points: Points, stride: Number | tuple[Number, Number]) -> Points:
     """Points `[... 2]` (x, y) in pixels -> on the grid of a feature map with `stride` pixels a cell (or (sx, sy)).
 
     Integer coordinates are centres, of pixels as of cells: the pixel (0, 0) covers -0.5 ... 0.5, and the first cell of
@@ -296,12 +298,12 @@ def pixel_to_grid(points: Points, stride: float | tuple[float, float]) -> Points
     return (points + 0.5) / _pair(stride, points) - 0.5
 
 
-def grid_to_pixel(points: Points, stride: float | tuple[float, float]) -> Points:
+def grid_to_pixel(points: Points, stride: Number | tuple[Number, Number]) -> Points:
     """The inverse of `pixel_to_grid`: cell (0, 0) of stride 8 is pixel (3.5, 3.5)."""
     return (points + 0.5) * _pair(stride, points) - 0.5
 
 
-def _pair(pair: float | tuple[float, float], like: Points) -> Points:
+def _pair(pair: Number | tuple[Number, Number], like: Points) -> Points:
     """(x, y), or one number for both, in the kind of array and the floating type of `like`."""
     if like.shape[-1:] != (2,):
         raise ValueError(f"points have shape {tuple(like.shape)}; give [... 2] with (x, y) last")

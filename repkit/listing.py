@@ -166,9 +166,8 @@ def _relative(path: str, root: str) -> str:
 def _table(root: str, columns: Mapping[str, Sequence[str | None]]) -> pa.Table:
     twice = [name for name, count in Counter(columns["id"]).items() if count > 1]
     if twice:
-        raise ValueError(
-            f"{len(twice)} ids occur more than once: {', '.join(map(str, twice[:5]))}; list each image once"
-        )
+        some = ", ".join(map(str, twice[:5]))
+        raise ValueError(f"{len(twice)} ids occur more than once: {some}; list each image once")
     schema = pa.schema([(name, pa.string()) for name in COLUMNS], metadata={"root": root})
     filled = {name: columns.get(name, [None] * len(columns["id"])) for name in COLUMNS}
     try:

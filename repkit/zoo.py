@@ -29,7 +29,7 @@ class Parts:
     """A pipeline taken apart: its networks by component name, its schedule, and what its index says."""
 
     name: str
-    networks: Mapping[str, nn.Module]
+    networks: Mapping[str, Any]
     schedule: Schedule
     index: Mapping[str, Any] = field(default_factory=dict)
     latent: Latent = "mode"
@@ -110,16 +110,14 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> P
     from diffusers import DiffusionPipeline
 
     try:
-        return Path(
-            DiffusionPipeline.download(model, revision=revision, local_files_only=offline, use_safetensors=True)
-        )
+        folder = DiffusionPipeline.download(model, revision=revision, local_files_only=offline, use_safetensors=True)
     except Exception as error:
         # The hub's client raises a dozen classes from requests, httpx and its own; what a user can do is the same.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"cannot get {model!r} from the hub ({reason}); check the name and the network, or download the folder "
-            f"elsewhere and give its path; {known}"
+            f"cannot get {model!r} from the hub ({_reason(error)}); check the name and the network, or download it "
+            f"elsewhere and give its folder; {known}"
         ) from error
+    return Path(folder)
 
 
 def _build(parts: Parts) -> Backbone:
@@ -130,7 +128,7 @@ def _build(parts: Parts) -> Backbone:
     return FAMILIES[family](parts)
 
 
-def _take_apart(pipeline: "DiffusionPipeline", latent: Latent) -> Parts:
+def _take_apart(pipeline: Any, latent: Latent) -> Parts:
     if not hasattr(pipeline, "components"):
         raise TypeError(f"cannot load a {type(pipeline).__name__}; give a name, a folder, a hub id or a pipeline")
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
@@ -144,11 +142,12 @@ def _take_apart(pipeline: "DiffusionPipeline", latent: Latent) -> Parts:
 def _read(folder: Path, name: str, dtype: torch.dtype, latent: Latent) -> Parts:
     index = _read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
     config = _read_json(folder / "scheduler" / "scheduler_config.json", "it says how the model was noised")
-    denoisers = {part: name for part in _DENOISERS if (name := _component(index, part))}
+    denoisers = {part: found for part in _DENOISERS if (found := _component(index, part))}
     if not denoisers or not set(denoisers.values()) <= set(FAMILIES):
-        found = ", ".join(denoisers.values()) or "no unet or transformer"
-        raise ValueError(f"{folder} has {found} for a denoiser; have {', '.join(FAMILIES)}")
-    classes = denoisers | ({"vae": vae} if (vae := _component(index, "vae")) else {})
+        has = ", ".join(denoisers.values()) or "no unet or transformer"
+        raise ValueError(f"{folder} has {has} for a denoiser; have {', '.join(FAMILIES)}")
+    vae = _component(index, "vae")
+    classes = denoisers if vae is None else denoisers | {"vae": vae}
     networks = {part: _read_network(folder / part, class_name, dtype) for part, class_name in classes.items()}
     return Parts(name, networks, Schedule.from_diffusers(config), index, latent)
 
@@ -167,10 +166,14 @@ def _read_network(folder: Path, class_name: str, dtype: torch.dtype) -> nn.Modul
             folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except Exception as error:  # safetensors, diffusers and the file system each have their own way to say it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
-            f"cannot read {class_name} from {folder}: {reason}; it needs config.json and safetensors"
+            f"cannot read {class_name} from {folder}: {_reason(error)}; it needs config.json and safetensors"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what went wrong."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_json(path: Path, why: str) -> dict[str, Any]:

@@ -303,6 +303,16 @@ def test_inputs_are_left_alone(fit):
 
 
 @pytest.mark.parametrize("fit", FITS)
+def test_a_probe_keeps_nothing_of_the_callers_arrays(fit):
+    x, y = blobs(60, 5)
+    queries = blobs(90, 5)[0]
+    probe = fit(x, y)
+    logits = probe.logits(queries)
+    x[:], y[:] = 0, 0
+    np.testing.assert_array_equal(probe.logits(queries), logits)
+
+
+@pytest.mark.parametrize("fit", FITS)
 def test_classes_without_rows(fit):
     x, y = blobs(60, 5)
     val = blobs(90, 5)

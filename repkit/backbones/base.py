@@ -49,7 +49,7 @@ class Backbone(ABC):
     """
 
     name: str
-    model: nn.Module
+    model: Any  # an nn.Module, whose attributes torch's own types do not know
     schedule: Schedule
     size: int
     multiple: int
@@ -92,7 +92,7 @@ class Backbone(ABC):
         raw = capture(
             self.model, list(points.values()), lambda model: self.predict(model, x_t.to(self.dtype), times, condition)
         )
-        return {block: self.fold(raw[point], x_t) for block, point in points.items()}
+        return {block: self.fold(point, raw[point], x_t) for block, point in points.items()}
 
     def point(self, block: str) -> Point:
         """The point of a block name or of a module path written `/a.b`."""
@@ -100,8 +100,8 @@ class Backbone(ABC):
             return Point(block[1:])
         return self.points[block]
 
-    def fold(self, raw: Any, x_t: Float[Tensor, "b _c _h _w"]) -> Float[Tensor, "b c h w"]:
-        """What a module returned, as a map: maps as they are, tokens on their grid."""
+    def fold(self, point: Point, raw: Any, x_t: Float[Tensor, "b _c _h _w"]) -> Float[Tensor, "b c h w"]:
+        """What `point` gave, as a map: maps as they are, tokens on their grid. Families drop their text tokens here."""
         value = raw[0] if isinstance(raw, tuple) else raw
         if value.ndim == 4:
             return value

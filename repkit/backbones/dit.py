@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -20,9 +21,9 @@ class DiT(Backbone):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         schedule: Schedule,
-        vae: nn.Module | None = None,
+        vae: Any = None,
         *,
         name: str = "dit",
         class_names: Sequence[str] | None = None,
@@ -53,7 +54,7 @@ class DiT(Backbone):
     @cached_property
     def points(self) -> Mapping[str, Point]:
         points: dict[str, Point] = {}
-        for index, _ in enumerate(self.model.transformer_blocks):  # type: ignore[union-attr, arg-type]
+        for index, _ in enumerate(self.model.transformer_blocks):
             name, path = f"block.{index}", f"transformer_blocks.{index}"
             points[f"{name}.in"] = Point(path, "input")
             points[f"{name}.in.adaln"] = Point(f"{path}.norm1")

@@ -1,11 +1,11 @@
 """Images to clean latents: pixels as they are, or the posterior of an autoencoder."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from einops import einsum
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 Latent = Literal["mode", "sample"]
 
@@ -21,7 +21,7 @@ def encode_pixels(images: Float[Tensor, "b 3 H W"], channels: int) -> Float[Tens
     return images * 2 - 1
 
 
-def encode_vae(vae: nn.Module, images: Float[Tensor, "b 3 H W"], latent: Latent) -> Float[Tensor, "b c h w"]:
+def encode_vae(vae: Any, images: Float[Tensor, "b 3 H W"], latent: Latent) -> Float[Tensor, "b c h w"]:
     """The mode, or a sample, of the autoencoder's posterior, shifted and scaled as the denoiser was trained on it."""
     images = (images * 2 - 1).to(next(vae.parameters()).dtype)
     posterior = vae.encode(images).latent_dist
@@ -30,6 +30,6 @@ def encode_vae(vae: nn.Module, images: Float[Tensor, "b 3 H W"], latent: Latent)
     return (x0.float() - shift) * vae.config.scaling_factor
 
 
-def vae_stride(vae: nn.Module) -> int:
+def vae_stride(vae: Any) -> int:
     """Image pixels a latent pixel."""
     return 2 ** (len(vae.config.block_out_channels) - 1)

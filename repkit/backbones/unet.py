@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class UNet(Backbone):
     """A UNet2DModel on pixels. Classes past the named ones are the null class, as in classifier-free guidance."""
 
     def __init__(
-        self, model: nn.Module, schedule: Schedule, *, name: str = "unet", class_names: Sequence[str] | None = None
+        self, model: Any, schedule: Schedule, *, name: str = "unet", class_names: Sequence[str] | None = None
     ) -> None:
         config = model.config
         self.name, self.model, self.schedule = name, model, schedule

@@ -1,13 +1,14 @@
 """The names of a diffusers U-Net's activations, read off its structure: the same for every model of the family."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from repkit.capture import Point
 
 
-def unet_points(model: nn.Module) -> dict[str, Point]:
+def unet_points(model: Any) -> dict[str, Point]:
     """`down.i`, `mid`, `up.i` (a stage's output, after its sampler), what lies inside them, and the `skip.n` tensors.
 
     Inside a stage: `resnet.j` and its `conv2` (before the shortcut is added), `attn.j`, and the projections of
@@ -15,13 +16,13 @@ def unet_points(model: nn.Module) -> dict[str, Point]:
     """
     points: dict[str, Point] = {}
     skips = ["conv_in"]
-    for index, stage in enumerate(model.down_blocks):  # type: ignore[union-attr, arg-type]
+    for index, stage in enumerate(model.down_blocks):
         path = f"down_blocks.{index}"
         points |= _stage_points(f"down.{index}", path, stage)
         skips += _skip_paths(path, stage)
     if model.mid_block is not None:
-        points |= _stage_points("mid", "mid_block", model.mid_block)  # type: ignore[arg-type]
-    for index, stage in enumerate(model.up_blocks):  # type: ignore[union-attr, arg-type]
+        points |= _stage_points("mid", "mid_block", model.mid_block)
+    for index, stage in enumerate(model.up_blocks):
         points |= _stage_points(f"up.{index}", f"up_blocks.{index}", stage)
     return points | {f"skip.{index}": Point(path) for index, path in enumerate(skips)}
 
