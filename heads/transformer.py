@@ -18,7 +18,7 @@ from repkit.pooling import pool, pooled_shape
 Batch = Float[Tensor, "b 3 H W"] | Sequence[Image.Image | Path | str]
 
 
-class Transformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class Transformer(TransformerMixin, BaseEstimator):
     """Images -> [n d] float32: the map of one tap, pooled. There is nothing to fit.
 
     extractor: shared by all clones, since it is frozen and may be large. key: which tap, where the extractor has
@@ -45,7 +45,7 @@ class Transformer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
         rows = [self._rows(batch) for batch in self._batches(X)]
         return np.concatenate(rows) if rows else np.empty((0, width), np.float32)
 
-    def get_feature_names_out(self, input_features: Any = None) -> Float[np.ndarray, " d"] | np.ndarray:
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
         """`norm_0`, `norm_1`, ...: the tap and the place in its pooled vector."""
         return np.asarray([f"{self._key()}_{index}" for index in range(self._width())], dtype=object)
 

@@ -66,9 +66,11 @@ class DinoExtractor:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        loaded = model if isinstance(model, nn.Module) else _load(str(model)).to(device, dtype)
-        self.name = type(model).__name__ if isinstance(model, nn.Module) else str(model)
-        self.model = _checked(loaded, self.name)
+        if isinstance(model, nn.Module):
+            self.name, self.model = type(model).__name__, _checked(model, type(model).__name__)
+        else:
+            self.name = str(model)
+            self.model = _checked(_load(self.name), self.name).to(device, dtype)
         self.readings = _chosen(taps, _readings(self.model), self.name)
         self.resize = resize or Resize(tuple(self.model.patch_embed.img_size))
         self.check_size(*self.resize.shape)
@@ -89,7 +91,7 @@ class DinoExtractor:
         with nullcontext() if grad else torch.no_grad():
             pixels = self._normalise(batch.images)
             points = [reading.point for reading in self.readings.values()]
-            raw = capture(self.model, points, lambda model: model.forward_features(pixels))
+            raw = capture(self.model, points, lambda model: model.forward_features(pixels))  # type: ignore[operator]
             grid = self._grid(height, width)
             maps = {key: self._read(reading, raw[reading.point], grid) for key, reading in self.readings.items()}
         if check:
@@ -108,12 +110,15 @@ class DinoExtractor:
         if height % patch[0] or width % patch[1]:
             near = [max(1, round(side / step)) * step for side, step in zip((height, width), patch, strict=True)]
             raise ValueError(
-                f"{self.name} takes sides that are multiples of its patch, {patch[0]}x{patch[1]}, not {height}x{width}; "
-                f"nearest: {near[0]}x{near[1]}"
+                f"{self.name} takes sides that are multiples of its patch of {patch[0]}x{patch[1]}, "
+                f"not {height}x{width}; nearest: {near[0]}x{near[1]}"
             )
 
     def _normalise(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b 3 H W"]:
-        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in self._statistics)
+        mean, std = (
+            torch.tensor(self.model.pretrained_cfg[name], device=images.device)[:, None, None]
+            for name in ("mean", "std")
+        )
         return ((images - mean) / std).to(self.dtype)
 
     def _read(self, reading: Reading, raw: Tokens, grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
@@ -125,11 +130,6 @@ class DinoExtractor:
 
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         return self.model.patch_embed.dynamic_feat_size((height, width))
-
-    @property
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of the training images, one value a channel."""
-        return tuple(self.model.pretrained_cfg["mean"]), tuple(self.model.pretrained_cfg["std"])
 
     @property
     def device(self) -> torch.device:
@@ -159,14 +159,13 @@ class DinoExtractor:
     @property
     def identity(self) -> Identity:
         """What decides the features' values, as JSON-ready data; equal identities mean comparable features."""
-        mean, std = self._statistics
         return {
             "extractor": "dino",
             "weights": self.weights_hash,
             "taps": list(self.readings),
             "resize": self.resize.identity,
             "decoder": decoder_identity(),
-            "normalisation": {"mean": list(mean), "std": list(std)},
+            "normalisation": {name: list(self.model.pretrained_cfg[name]) for name in ("mean", "std")},
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -202,7 +201,7 @@ def _readings(model: Any) -> dict[str, Reading]:
 
 
 def _project(attention: Any, facet: str, tokens: Tokens) -> Tokens:
-    """Queries, keys or values of all heads, by the very operation of timm's attention, so that the bits are the same."""
+    """Queries, keys or values of all heads, by the very operation of timm's attention: the bits are the same."""
     if attention.qkv is None:
         return getattr(attention, f"{facet}_proj")(tokens)
     if getattr(attention, "q_bias", None) is None:

@@ -21,6 +21,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # Pillow opens a camera
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 Color = tuple[int, int, int]
+Number = int | float
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 Points = TypeVar("Points", np.ndarray, Tensor)
 
 
@@ -32,8 +34,6 @@ class BinaryFile(Protocol):
     def seekable(self) -> bool: ...
 
 
-Number = int | float
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 Source = Path | str | bytes | BinaryFile | Image.Image
 
 # EXIF orientation -> what puts the stored picture upright (1 is upright already).
@@ -63,11 +63,7 @@ def decode(source: Source, *, max_pixels: int = 50_000_000, background: Color = 
     name = _name(source)
     try:
         with _opened(source) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ValueError(
-                    f"{width}x{height} pixels, over the limit of {max_pixels}; shrink it or raise max_pixels"
-                )
+            _check_size(image.size, max_pixels)
             return _rgb(image, background)
     except Exception as error:  # a broken file makes PIL raise nearly anything: SyntaxError, struct.error, EOFError ...
         if isinstance(error, OSError) and error.errno is not None:
@@ -106,6 +102,14 @@ def _opened(source: Source) -> Iterator[Image.Image]:
         yield Image.open(BytesIO(source), formats=FORMATS)
     else:
         yield Image.open(cast(IO[bytes], source if source.seekable() else BytesIO(source.read())), formats=FORMATS)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ValueError(f"{width}x{height} pixels, over the limit of {max_pixels}; shrink it or raise max_pixels")
+    if width * height == 0:
+        raise ValueError(f"{width}x{height} pixels; give an image that has some")
 
 
 def _reason(error: Exception) -> str:
@@ -195,8 +199,7 @@ class Resize:
     policy: Literal["squash", "crop", "pad"] = "crop"
 
     def __post_init__(self) -> None:
-        sides = self.size if isinstance(self.size, tuple) else (self.size, self.size)
-        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        if len(self.shape) != 2 or not all(type(side) is int and side > 0 for side in self.shape):
             raise ValueError(f"cannot resize to {self.size!r}; give a positive integer or (height, width)")
         if self.policy not in ("squash", "crop", "pad"):
             raise ValueError(f"no resize policy {self.policy!r}; have squash, crop, pad")
@@ -216,7 +219,7 @@ class Resize:
         if image.mode != "RGB":
             raise ValueError(f"cannot resize an image in mode {image.mode}; pass it through decode first")
         box, (width, height), (left, top) = self._placement(*image.size)
-        pixels = np.array(_resample(image, (width, height), box))
+        pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC, box))
         if self.policy != "pad":
             return pixels, None
         inside = (slice(top, top + height), slice(left, left + width))
@@ -246,15 +249,6 @@ class Resize:
             used_w, used_h = (height * out_w / out_h, used_h) if wider else (used_w, width * out_h / out_w)
         left, top = (width - used_w) / 2, (height - used_h) / 2
         return (left, top, left + used_w, top + used_h), (out_w, out_h), (0, 0)
-
-
-def _resample(image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
-    left, top, right, bottom = box
-    if size[0] > right - left and size[1] < bottom - top:
-        # PIL goes along x first: a 1x50000 image would become 224x50000 on its way to 224x224.
-        image = image.resize((image.width, size[1]), Image.Resampling.BICUBIC, (0.0, top, float(image.width), bottom))
-        box = (left, 0.0, right, float(size[1]))
-    return image.resize(size, Image.Resampling.BICUBIC, box)
 
 
 def to_tensor(images: UInt8[np.ndarray, "*b H W 3"]) -> Float[Tensor, "*b 3 H W"]:

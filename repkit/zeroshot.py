@@ -76,7 +76,7 @@ class DiffusionClassifier:
         *,
         evaluations: int = 32,
         weighting: str = "train",
-        prior: Sequence[float] | None = None,
+        prior: Sequence[float | int] | None = None,
         temperature: float | None = None,
         batch_size: int = 64,
         seed: int = 0,
@@ -182,8 +182,8 @@ class DiffusionClassifier:
         if bad.any():
             image, time, index = rows[bad][0].tolist()
             raise FloatingPointError(
-                f"{self.backbone.name} returns no finite prediction for image {image}, class {self.classes[index]!r} at "
-                f"t={self.times[time]:g}; load the model with dtype=torch.bfloat16 or torch.float32"
+                f"{self.backbone.name} returns no finite prediction for image {image}, class {self.classes[index]!r} "
+                f"at t={self.times[time]:g}; load the model with dtype=torch.bfloat16 or torch.float32"
             )
 
 
@@ -202,9 +202,7 @@ def log_posterior(
     return torch.log_softmax(log_prior - scores / temperature, dim=1)
 
 
-def fit_temperature(
-    scores: Float64[Tensor, "b k"], labels: Int[Tensor, "b"], log_prior: Float64[Tensor, "k"]
-) -> float:
+def fit_temperature(scores: Float64[Tensor, "b k"], labels: Int[Tensor, "b"], log_prior: Float64[Tensor, "k"]) -> float:
     """The temperature of the least negative log-likelihood, to 1e-9 of itself.
 
     Raises ValueError where that is 0 or infinite.
@@ -244,7 +242,7 @@ def _distinct(classes: Sequence[Label]) -> tuple[Label, ...]:
     return tuple(classes)
 
 
-def _log_prior(prior: Sequence[float] | None, count: int) -> Float64[Tensor, "k"]:
+def _log_prior(prior: Sequence[float | int] | None, count: int) -> Float64[Tensor, "k"]:
     weights = torch.ones(count, dtype=torch.float64) if prior is None else torch.tensor(prior, dtype=torch.float64)
     if weights.shape != (count,) or not ((weights > 0) & torch.isfinite(weights)).all():
         raise ValueError(f"prior={prior} for {count} classes; give one positive number for each")

@@ -348,6 +348,8 @@ def test_pixel_limit_is_read_from_the_header():
     with pytest.raises(ValueError, match="over the limit"):
         decode(Image.new("L", (11, 10)), max_pixels=109)
     assert decode(Image.new("L", (11, 10)), max_pixels=110).size == (11, 10)
+    with pytest.raises(ValueError, match="0x7 pixels; give"):
+        decode(Image.new("RGB", (0, 7)))
 
 
 def test_a_bomb_costs_no_memory(tmp_path):
@@ -456,7 +458,7 @@ def test_pad_keeps_the_whole_image_in_the_middle(width, height, inside):
     assert np.array_equal(result[top:bottom, left:right], expected) and not result[~mask].any()
 
 
-def test_a_thin_image_is_squashed_along_its_long_side_first():
+def test_a_thin_image_takes_every_policy():
     thin = Image.fromarray(np.repeat(np.arange(0, 50000)[:, None, None] * 255 // 49999, 3, 2).astype(np.uint8))
     result, _ = Resize(224, "squash")(thin)
     assert np.ptp(result, axis=1).max() == 0

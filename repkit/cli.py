@@ -1,0 +1,372 @@
+"""The command line. Every command imports what it needs when it runs, so that `repkit --help` answers at once."""
+
+import errno
+import json
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    pass
+
+app = typer.Typer(
+    name="repkit",
+    help="Diffusion models as feature backbones: address an activation, export it, probe it, search with it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+OK, USAGE, SOME_FAILED, NONE_SUCCEEDED, CANNOT_WRITE, INTERRUPTED = 0, 2, 3, 4, 5, 130
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+
+
+class Policy(StrEnum):
+    """What to do with images of another shape."""
+
+    crop = "crop"
+    squash = "squash"
+    pad = "pad"
+
+
+class Noise(StrEnum):
+    """What the noise depends on."""
+
+    image = "image"
+    shared = "shared"
+    fresh = "fresh"
+
+
+class Precision(StrEnum):
+    """The floating type of a computation or of stored features."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class HeadName(StrEnum):
+    """What is fitted on the features."""
+
+    ridge = "ridge"
+    logistic = "logistic"
+    knn = "knn"
+
+
+Images = Annotated[Path, typer.Argument(help="a folder, an image, or a .csv or .parquet list with a path column")]
+Store = Annotated[Path, typer.Argument(help="a folder that repkit extract wrote")]
+Model = Annotated[str, typer.Option("--model", "-m", help="bundled name, diffusers folder, hub id, or timm:NAME")]
+Taps = Annotated[list[str] | None, typer.Option("--taps", "-t", help="BLOCKS@TIMES, e.g. 'mid,up.*@10,50'; repeatable")]
+Size = Annotated[int | None, typer.Option(help="side in pixels; default: the model's own")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Seed = Annotated[int, typer.Option(help="seed of the noise")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version and exit")] = False) -> None:
+    """Set up logging; runs before every command."""
+    import logging
+
+    logging.basicConfig(level=logging.WARNING, format="repkit: %(message)s")
+    if version:
+        import repkit
+
+        print(repkit.__version__)
+        raise typer.Exit()
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List what can be loaded by name."""
+    from repkit.zoo import bundled, describe
+
+    found = [describe(name) for name in bundled()]
+    if as_json:
+        _print_json(found)
+        return
+    for model in found:
+        print(f"{model['name']:12} {model['class']}, {model['prediction']}-prediction, {model['size']} px")
+        print(f"{'':12} {model['data']}; {model['licence']}")
+    print("or: a diffusers folder, a hub id (owner/name), timm:NAME for a vision transformer")
+
+
+@app.command()
+def blocks(
+    model: Annotated[str, typer.Argument(help="bundled name, diffusers folder or hub id")],
+    everything: Annotated[bool, typer.Option("--all", help="also what lies inside the blocks")] = False,
+    as_json: Json = False,
+) -> None:
+    """List a model's blocks: channels, stride in image pixels, share of the FLOPs when the forward stops there."""
+    from repkit.zoo import load
+
+    backbone = load(model)
+    names = [name for name in backbone.blocks if everything or name.count(".") < 2 and not name.startswith("skip")]
+    rows = [
+        {
+            "block": name,
+            "channels": backbone.blocks[name].channels,
+            "stride": backbone.blocks[name].stride,
+            "flops": backbone.flops[name],
+        }
+        for name in names
+    ]
+    if as_json:
+        _print_json({"model": backbone.name, "size": backbone.size, "blocks": rows})
+        return
+    print(f"{'block':32} {'channels':>8} {'stride':>6} {'FLOPs at exit':>13}")
+    for row in rows:
+        print(f"{row['block']:32} {row['channels']:8} {row['stride']:6} {row['flops']:13.1%}")
+
+
+@app.command()
+def extract(
+    images: Images,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the feature store; an unfinished one goes on")],
+    taps: Taps = None,
+    pool: Annotated[str, typer.Option(help="mean, max, gem, NxN such as 2x2, or none")] = "mean",
+    dtype: Annotated[Precision, typer.Option(help="of the stored features")] = Precision.float32,
+    size: Size = None,
+    resize: Annotated[Policy, typer.Option(help="for images of another shape")] = Policy.crop,
+    prompt: Annotated[str | None, typer.Option(help="condition; may use {label}, {id}, {split}")] = None,
+    draws: Annotated[int, typer.Option(min=1, help="average over so many noises")] = 1,
+    seed: Seed = 0,
+    noise: Annotated[Noise, typer.Option(help="what the noise depends on")] = Noise.image,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 1024,
+    workers: Annotated[int, typer.Option(min=0, help="decoding: 0 in line, 1 a thread, n processes")] = 1,
+    device: Device = "cpu",
+    precision: Annotated[Precision, typer.Option(help="of the computation")] = Precision.float32,
+    revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
+    offline: Annotated[bool, typer.Option(help="never ask the network")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export features of images to a store; kill it at any time, the same command goes on."""
+    from repkit.exporting import estimate_bytes, export
+    from repkit.images import Resize
+    from repkit.listing import list_images
+    from repkit.progress import Progress
+    from repkit.tasks.building import build_extractor
+
+    if size is None and resize is not Policy.crop:
+        raise ValueError(f"--resize {resize.value} needs --size; without a size, images are cropped to the model's own")
+    listing = list_images(images)
+    extractor = build_extractor(
+        model,
+        taps or [],
+        resize=Resize(size, resize.value) if size else None,
+        draws=draws,
+        seed=seed,
+        noise=noise.value,
+        device=device,
+        dtype=precision.value,
+        revision=revision,
+        offline=offline,
+    )
+    planned = {
+        "images": len(listing),
+        "taps": {key: list(shape) for key, shape in extractor.shapes.items()},
+        "bytes": estimate_bytes(len(listing), extractor, pool, dtype.value),
+        "out": str(out),
+    }
+    _say(f"{planned['images']} images, {len(extractor.blocks)} taps, about {_bytes(planned['bytes'])} in {out}")
+    if dry_run:
+        if as_json:
+            _print_json(planned)
+        else:
+            for key, shape in extractor.shapes.items():
+                print(f"{key:32} {'x'.join(map(str, shape))}")
+        return
+    with Progress("extract") as progress:
+        store = export(
+            listing,
+            extractor,
+            out,
+            pool=pool,
+            dtype=dtype.value,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            workers=workers,
+            cond=prompt,
+            progress=progress,
+        )
+    failed = store.failures.num_rows
+    if store.timing is not None:
+        _say(store.timing.sentence)
+    if failed:
+        _say(f"{failed} of {len(listing)} images failed; see {out / 'failures.parquet'}")
+        for row in store.failures.slice(0, 3).to_pylist():
+            _say(f"  {row['error']}")
+    if as_json:
+        _print_json({"images": len(store), "failed": failed, "keys": list(store.keys), "out": str(out)})
+    else:
+        print(out)
+    if failed:
+        raise typer.Exit(SOME_FAILED if len(store) else NONE_SUCCEEDED)
+
+
+@app.command()
+def probe(
+    store: Store,
+    head: Annotated[HeadName, typer.Option(help="ridge, logistic or knn")] = HeadName.ridge,
+    key: Annotated[list[str] | None, typer.Option(help="taps to compare; default: all in the store")] = None,
+    seed: Annotated[int, typer.Option(help="of the split, where the store has none")] = 0,
+    picture: Annotated[Path | None, typer.Option(help="confusion matrix; default: STORE-confusion.png")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a probe on stored features: validation data chooses tap and hyper-parameter, test data is used once."""
+    from repkit.progress import Progress
+    from repkit.store import FeatureStore
+    from repkit.tasks.pictures import confusion_picture, save
+    from repkit.tasks.probe import probe_store
+
+    with Progress("probe", unit="taps") as progress:
+        report = probe_store(FeatureStore(store), head=head.value, keys=key, seed=seed, progress=progress)
+    low, high = report.interval
+    title = f"{report.key}, {report.head}: {report.test:.1%}"
+    path = picture or store.parent / f"{store.resolve().name}-confusion.png"
+    save(confusion_picture(report.confusion, report.classes, title), path)
+    if as_json:
+        _print_json(report.to_json() | {"picture": str(path)})
+        return
+    splits = report.splits
+    print(f"split: {len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test")
+    print(f"       {splits.source}")
+    for name, value in sorted(report.validation.items(), key=lambda item: -item[1]):
+        print(f"{name:32} {value:7.2%} on validation{'   <- chosen' if name == report.key else ''}")
+    print(f"{report.head}, {report.chosen.name} = {report.chosen.value:g} (chosen by {report.chosen.by})")
+    print(f"test accuracy {report.test:.2%}, 95 % interval {low:.2%} to {high:.2%}")
+    for score in report.per_class:
+        share = "no test images" if score.accuracy is None else f"{score.accuracy:7.2%} of {score.n}"
+        print(f"  {report.classes[score.label]:30} {share}")
+    print(f"confusion matrix: {path}")
+
+
+@app.command()
+def visualize(
+    images: Images,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write")] = Path("features.png"),
+    taps: Taps = None,
+    size: Size = None,
+    side: Annotated[int, typer.Option(help="pixels a picture in the mosaic")] = 128,
+    most: Annotated[int, typer.Option(help="images at the most")] = 8,
+    seed: Seed = 0,
+    device: Device = "cpu",
+) -> None:
+    """Show features as colours: the first three principal components, one basis for all images."""
+    from repkit.images import Resize
+    from repkit.listing import list_images
+    from repkit.tasks.building import build_extractor
+    from repkit.tasks.visualize import visualize as draw
+
+    paths = [Path(path) for path in list_images(images)["path"].to_pylist()[:most]]
+    extractor = build_extractor(model, taps or [], resize=Resize(size) if size else None, seed=seed, device=device)
+    picture, keys = draw(paths, extractor, side=side)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(out)
+    _say(f"rows: images, {', '.join(keys)}")
+    print(out)
+
+
+@app.command()
+def index(
+    store: Store,
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder of the index")],
+    key: Annotated[str | None, typer.Option(help="which tap, where the store has several")] = None,
+    metric: Annotated[str, typer.Option(help="cosine, ip or l2")] = "cosine",
+) -> None:
+    """Build a search index from stored features."""
+    from repkit.retrieval import Index
+    from repkit.store import FeatureStore
+
+    built = Index.build(FeatureStore(store), key, metric=metric)
+    built.save(out)
+    _say(f"{len(built)} vectors")
+    print(out)
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(help="a folder that repkit index wrote")],
+    image: Annotated[Path, typer.Argument(help="the image to find the like of")],
+    k: Annotated[int, typer.Option("-k", min=1, help="how many")] = 10,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="where the weights are, if not where they were")
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find the images of an index that are most like one image."""
+    from repkit.retrieval import Index
+    from repkit.tasks.building import rebuild_extractor
+
+    loaded = Index.load(index)
+    extractor = rebuild_extractor(loaded.identity, loaded.provenance, model=model, device=device)
+    hits = loaded.search(extractor([image]), k)
+    found = [
+        {"id": name, "score": float(score), "label": loaded.labels[row] if loaded.labels else None}
+        for name, score, row in zip(hits.ids[0], hits.scores[0], hits.rows[0], strict=True)
+    ]
+    if as_json:
+        _print_json(found)
+        return
+    for hit in found:
+        print(f"{hit['score']:8.4f}  {hit['id']}  {hit['label'] or ''}".rstrip())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("demo"),
+) -> None:
+    """Run the whole tour on the bundled model and images; writes OUT/index.html."""
+    from repkit.tasks.demo import run_demo
+
+    print(run_demo(out))
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def pretrain(context: typer.Context) -> None:
+    """Train a bundled model by its recipe; options go to the recipe (repkit pretrain --help)."""
+    from repkit.recipes.pretrain import main as train
+
+    train(context.args)
+
+
+def _bytes(count: int) -> str:
+    units = ["B", "kB", "MB", "GB", "TB"]
+    power = min(max(len(str(count)) - 1, 0) // 3, len(units) - 1)
+    return f"{count / 1000**power:.3g} {units[power]}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("REPKIT_TRACEBACK"):
+            raise
+        lines = (str(error).strip() or type(error).__name__).splitlines()
+        _say(f"repkit: {lines[0]}")
+        code = CANNOT_WRITE if isinstance(error, OSError) and error.errno in _WRITE_ERRORS else USAGE
+        sys.exit(code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Progress of long work, on stderr: a bar on a terminal, a line every ten seconds elsewhere."""
+
+import sys
+from time import monotonic
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+_SECONDS_A_LINE = 10
+
+
+class Progress:
+    """Reports work in a `with` block; call it with (done, total) and, where there are any, the number that failed."""
+
+    def __init__(self, what: str, unit: str = "images") -> None:
+        self.what, self.unit = what, unit
+        self.start = self.told = monotonic()
+        console = Console(stderr=True)
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        self.bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+        self.task = self.bar.add_task(what, total=None, rate="")
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __call__(self, done: int, total: int, failed: int = 0) -> None:
+        now = monotonic()
+        rate = f"{done / max(now - self.start, 1e-9):.1f} {self.unit}/s" + (f", {failed} failed" if failed else "")
+        self.bar.update(self.task, completed=done, total=total, rate=rate)
+        if self.bar.disable and (now - self.told > _SECONDS_A_LINE or done == total):
+            self.told = now
+            print(f"{self.what}: {done}/{total}, {rate}", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        self.bar.stop()

@@ -1,0 +1,71 @@
+"""From names and flags to an extractor, and from a store's manifest back to the extractor that made it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from repkit.backbones.base import Cond
+from repkit.dino import DinoExtractor
+from repkit.extractors import DiffusionExtractor, Extractor
+from repkit.features import Identity, identity_differences
+from repkit.images import Resize
+from repkit.zoo import load
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_extractor(
+    model: str,
+    taps: Sequence[str],
+    *,
+    resize: Resize | None = None,
+    cond: Cond = None,
+    draws: int = 1,
+    seed: int = 0,
+    noise: Any = "image",
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    offline: bool = False,
+) -> Extractor:
+    """An extractor by name: `timm:NAME` is a DinoExtractor, anything else a diffusion backbone as `load` takes it."""
+    if model.startswith("timm:"):
+        return DinoExtractor(model, taps or ("norm",), resize=resize, device=device, dtype=_dtype(dtype))
+    if not taps:
+        raise ValueError(f"no taps for {model}; give -t BLOCKS@TIMES, for example -t mid@100 (blocks: repkit blocks)")
+    backbone = load(model, device=device, dtype=_dtype(dtype), revision=revision, offline=offline)
+    return DiffusionExtractor(backbone, taps, resize=resize, cond=cond, draws=draws, seed=seed, noise=noise)
+
+
+def rebuild_extractor(
+    identity: Identity, provenance: Mapping[str, Any], *, model: str | None = None, device: str = "cpu"
+) -> Extractor:
+    """The extractor that an identity describes; `model` overrides where the weights are loaded from.
+
+    Raises ValueError, naming each difference, when what was built is not that extractor.
+    """
+    source = model or provenance.get("model")
+    if source is None:
+        raise ValueError("the model these features came from was not loaded by name; say which it is with -m MODEL")
+    extractor = build_extractor(
+        source,
+        list(identity["taps"]),
+        resize=Resize(tuple(identity["resize"]["size"]), identity["resize"]["policy"]),
+        cond=identity.get("cond"),
+        draws=identity.get("draws", 1),
+        seed=identity.get("seed", 0),
+        noise=identity.get("noise", "image"),
+        device=device,
+        dtype=identity["dtype"],
+        revision=None if model else provenance.get("revision"),
+    )
+    if differences := identity_differences(dict(extractor.identity), dict(identity)):
+        raise ValueError(f"{source} is not what made these features: {'; '.join(differences)}")
+    return extractor
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"no precision {name!r}; have {', '.join(DTYPES)}")
+    return DTYPES[name]
