@@ -169,6 +169,10 @@ class Denoiser(LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        # Lightning's own refuses a fused optimizer under mixed precision, though bf16 has no scale to undo.
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         done = self.global_step + 1
         super().optimizer_step(*args, **kwargs)
@@ -254,11 +258,10 @@ def pretrain(options: Options) -> Path:
 def _trainer(options: Options) -> Trainer:
     return Trainer(
         max_steps=options.steps,
-        max_epochs=-1,
+        max_epochs=1,  # the batches never end
         accelerator=options.accelerator,
         devices=1,
         precision=options.precision,
-        gradient_clip_val=1.0,
         callbacks=[Checkpoints(options)],
         enable_checkpointing=False,
         enable_model_summary=False,

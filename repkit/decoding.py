@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,7 +74,9 @@ def _read_file(path: str) -> bytes:
         return file.read()
 
 
-def decode_ahead(batches: Iterable[Sequence[str]], resize: Resize, workers: int) -> Iterator[list[Decoded]]:
+def decode_ahead(
+    batches: Iterable[Sequence[str]], resize: Resize, workers: int
+) -> Generator[list[Decoded], None, None]:
     """Each batch of paths decoded, in order, at most AHEAD batches before it is asked for.
 
     workers: 0 decodes in line, 1 in a thread of this process, n >= 2 in as many processes; the values are the same. A

@@ -36,7 +36,7 @@ class Reading:
 
     point: Point
     channels: int
-    apply: Callable[[Tokens], Tokens] | None = None
+    apply: Callable[[Tokens], Tensor] | None = None
     cls: bool = False
 
 
@@ -200,7 +200,7 @@ def _readings(model: Any) -> dict[str, Reading]:
     return readings
 
 
-def _project(attention: Any, facet: str, tokens: Tokens) -> Tokens:
+def _project(attention: Any, facet: str, tokens: Tokens) -> Float[Tensor, "b n d"]:
     """Queries, keys or values of all heads, by the very operation of timm's attention: the bits are the same."""
     if attention.qkv is None:
         return getattr(attention, f"{facet}_proj")(tokens)

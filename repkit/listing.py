@@ -24,8 +24,8 @@ def list_images(source: str | Path | Sequence[str | Path], *, splits: bool = Tru
 
     `source` is one of
     - a folder: every image below it, sorted by id; symbolic links are followed, hidden names left out. Where no image
-      lies directly in it, its sub-folders are classes; where these are all called train, val (or valid, validation) or test,
-      they are splits, each again plain or of classes (`splits=False`: classes);
+      lies directly in it, its sub-folders are classes; where these are all called train, val (valid, validation) or
+      test, they are splits, each again plain or of classes (`splits=False`: classes);
     - a .csv or .parquet list with a column path (relative to the list's folder, or absolute) and any of id, label,
       split, prompt, in its order; splits called valid or validation are called val;
     - one image file, or a sequence of paths, in its order.

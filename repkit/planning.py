@@ -11,13 +11,21 @@ from string import Formatter
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from repkit.extractors import Extractor
 from repkit.features import identity_differences
 from repkit.listing import list_images
-from repkit.shards import LIST, MANIFEST, manifest_bytes, parquet_bytes, publish, read_manifest, remove_parts
+from repkit.shards import (
+    LIST,
+    MANIFEST,
+    manifest_bytes,
+    parquet_bytes,
+    publish,
+    read_manifest,
+    read_parquet,
+    remove_parts,
+)
 
 COLUMNS = ("id", "path", "label", "split", "prompt")
 FIELDS = ("label", "split", "id", "prompt")
@@ -167,7 +175,7 @@ def begin(folder: Path, listing: Listing, wanted: Manifest) -> tuple[Listing, Ma
 
 def _stored_listing(folder: Path, now: Listing, prompted: bool) -> Listing:
     """The list the store was begun with; images that are still listed are read from where they are now."""
-    table = pq.read_table(folder / LIST, partitioning=None)
+    table = read_parquet(folder / LIST)
     root = table.schema.metadata[b"root"].decode()
     places = dict(zip(now.table["id"].to_pylist(), now.paths, strict=True))
     ids = table["id"].to_pylist()

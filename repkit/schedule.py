@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,16 +15,15 @@ from torch import Tensor
 Prediction = Literal["eps", "v", "x0", "flow", "edm"]
 Times = Num[Tensor, "*t"] | float | int
 
-# defaults (beta_start, beta_end, beta_schedule) of diffusers' classes, for configs that leave them out
-_DDPM, _KARRAS, _LATENT = (1e-4, 0.02, "linear"), (0.00085, 0.012, "linear"), (0.00085, 0.012, "scaled_linear")
+# diffusers' classes by the (beta_start, beta_end, beta_schedule) that they take where a config leaves them out
 _BETA_CLASSES: Mapping[str, tuple[float, float, str]] = {
-    **dict.fromkeys(("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "RePaint"), _DDPM),
-    **dict.fromkeys(("EulerDiscrete", "EulerAncestralDiscrete", "LMSDiscrete", "DEISMultistep", "SASolver"), _DDPM),
-    **dict.fromkeys(
-        ("DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSinglestep", "UniPCMultistep"), _DDPM
-    ),
-    **dict.fromkeys(("HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverSDE"), _KARRAS),
-    **dict.fromkeys(("LCM", "TCD", "CogVideoXDDIM", "CogVideoXDPM"), _LATENT),
+    **dict.fromkeys("DDPM DDPMParallel DDIM DDIMParallel DDIMInverse RePaint PNDM".split(), (1e-4, 0.02, "linear")),
+    **dict.fromkeys("DPMSolverMultistep DPMSolverMultistepInverse".split(), (1e-4, 0.02, "linear")),
+    **dict.fromkeys("DPMSolverSinglestep UniPCMultistep DEISMultistep SASolver".split(), (1e-4, 0.02, "linear")),
+    **dict.fromkeys("EulerDiscrete EulerAncestralDiscrete LMSDiscrete".split(), (1e-4, 0.02, "linear")),
+    **dict.fromkeys("HeunDiscrete KDPM2Discrete KDPM2AncestralDiscrete".split(), (0.00085, 0.012, "linear")),
+    "DPMSolverSDE": (0.00085, 0.012, "linear"),
+    **dict.fromkeys("LCM TCD CogVideoXDDIM CogVideoXDPM".split(), (0.00085, 0.012, "scaled_linear")),
     "UnCLIP": (1e-4, 0.02, "squaredcos_cap_v2"),
 }
 _EDM_CLASSES = ("EDMEuler", "EDMDPMSolverMultistep")
@@ -73,7 +72,7 @@ class Schedule:
             raise ValueError(f"sigma_data={self.sigma_data} and shift={self.shift} must be positive")
 
     @classmethod
-    def discrete(cls, alphas_cumprod: Sequence[float] | Num[Tensor, "T"], prediction: Prediction) -> Self:
+    def discrete(cls, alphas_cumprod: Sequence[float] | Num[Tensor, "T"], prediction: Prediction) -> "Schedule":
         """Build a variance-preserving schedule from its table alpha(t)^2, t = 0 .. T-1."""
         return cls("discrete", prediction, tuple(torch.as_tensor(alphas_cumprod, dtype=torch.float64).tolist()))
 
@@ -88,7 +87,7 @@ class Schedule:
         steps: int = 1000,
         snr_shift: float = 1.0,
         zero_terminal_snr: bool = False,
-    ) -> Self:
+    ) -> "Schedule":
         """Build a variance-preserving schedule from betas, given or by diffusers' name of their curve.
 
         `start`, `end` and `steps` shape a named curve; `snr_shift` divides the SNR; `zero_terminal_snr` then
@@ -109,18 +108,18 @@ class Schedule:
         prediction: Prediction = "edm",
         *,
         edm_sign: Literal[1, -1] = 1,
-    ) -> Self:
+    ) -> "Schedule":
         """Build a variance-exploding schedule: alpha = 1 and t is sigma."""
-        sigmas = {"sigma_min": sigma_min, "sigma_max": sigma_max, "sigma_data": sigma_data}
-        return cls("edm", prediction, **{key: float(value) for key, value in sigmas.items()}, edm_sign=edm_sign)
+        low, high, data = float(sigma_min), float(sigma_max), float(sigma_data)
+        return cls("edm", prediction, sigma_min=low, sigma_max=high, sigma_data=data, edm_sign=edm_sign)
 
     @classmethod
-    def flow(cls, shift: float = 1.0, prediction: Prediction = "flow") -> Self:
+    def flow(cls, shift: float = 1.0, prediction: Prediction = "flow") -> "Schedule":
         """Build a rectified flow: sigma = t/1000; `shift` says how densely `time_at` covers it."""
         return cls("flow", prediction, shift=float(shift))
 
     @classmethod
-    def from_diffusers(cls, config: object) -> Self:
+    def from_diffusers(cls, config: object) -> "Schedule":
         """Build the schedule a diffusers scheduler, or its config with `_class_name`, was trained on.
 
         Options of sampling alone (spacing, karras sigmas, final sigma) are ignored; a dynamic shift takes its

@@ -189,6 +189,11 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
+def read_parquet(path: Path) -> pa.Table:
+    """The table in a Parquet file; no threads, which would not survive a fork."""
+    return pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)
+
+
 def sha256(content: bytes) -> str:
     """The sha256 in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()

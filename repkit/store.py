@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -10,14 +11,49 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from repkit.features import Identity
-from repkit.shards import FAILURES, LIST, ROWS, read_manifest
+from repkit.shards import FAILURES, LIST, ROWS, read_manifest, read_parquet
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of an export, as its main thread spent them; decoding and writing count only while they are waited for.
+
+    images: how many were done. workers: of the decoding. total: with what none of the others covers.
+    """
+
+    images: int
+    workers: int
+    decode: float
+    forward: float
+    pooling: float
+    write: float
+    total: float
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that took longest: decode, forward, pooling or write."""
+        return max(("decode", "forward", "pooling", "write"), key=lambda stage: getattr(self, stage))
+
+    @property
+    def sentence(self) -> str:
+        """The rate, the slowest stage, and what would help."""
+        if not self.images:
+            return "There was nothing left to do."
+        advice = {
+            "decode": f"the model waited for images: more workers than {self.workers} may help",
+            "forward": "the model is the limit: fewer or earlier taps, or a faster device would help",
+            "pooling": "pooling and copying are the limit: a smaller pooling or dtype would help",
+            "write": "the disk is the limit: pooling, a 16-bit dtype or a faster disk would help",
+        }
+        stage, total = self.bottleneck, max(self.total, 1e-9)
+        share = getattr(self, stage) / total
+        return f"{self.images} images at {self.images / total:.1f} a second, {share:.0%} on {stage}: {advice[stage]}."
 
 
 class FeatureStore:
@@ -26,7 +62,8 @@ class FeatureStore:
     `keys`: the taps. `taps`: for each its `shape` without the image axis, stored `dtype`, `channels` and `stride` of
     the map it came from. `identity`: {"extractor": the extractor's identity, "cond", "pool", "dtype"}. `provenance`:
     versions, device and the like. `complete`: False while an export has not ended; then nothing can be read.
-    Arrays are memory-mapped: only what is asked for is read.
+    `timing`: where the time went, for the call of `export` that returned this store. Arrays are memory-mapped: only
+    what is asked for is read.
 
     Raises FileNotFoundError for a missing folder and ValueError for one that is no store.
     """
@@ -39,6 +76,7 @@ class FeatureStore:
         self.complete: bool = self._manifest["complete"]
         self.taps: dict[str, dict[str, Any]] = self._manifest["taps"]
         self.keys = tuple(self.taps)
+        self.timing: Timing | None = None
 
     def __repr__(self) -> str:
         size = f"{len(self)} images" if self.complete else "not complete"
@@ -94,7 +132,7 @@ class FeatureStore:
     @cached_property
     def failures(self) -> pa.Table:
         """The images without features: path (absolute) and error."""
-        assert self._shards is not None
+        self._check_complete()
         return self._absolute(self._parquet(FAILURES))
 
     @cached_property
@@ -116,14 +154,17 @@ class FeatureStore:
 
     @property
     def _shards(self) -> list[dict[str, Any]]:
+        self._check_complete()
+        return self._manifest["shards"]
+
+    def _check_complete(self) -> None:
         if not self.complete:
             raise ValueError(f"{self.path} is not complete; run the same export again, it goes on where it stopped")
-        return self._manifest["shards"]
 
     def _key(self, key: str | None) -> str:
         if key is None and len(self.keys) == 1:
             return self.keys[0]
-        if key not in self.keys:
+        if key is None or key not in self.keys:
             raise ValueError(f"no features {key!r} in {self.path}; have {', '.join(self.keys)}")
         return key
 
@@ -147,7 +188,7 @@ class FeatureStore:
     def _parquet(self, name: str) -> pa.Table:
         path = self.path / name
         try:
-            return pq.read_table(path, partitioning=None)
+            return read_parquet(path)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(_damaged(path, error)) from error
 

@@ -155,7 +155,7 @@ class DiffusionClassifier:
         self, rows: Int[Tensor, "r 3"], x0: Float[Tensor, "b c h w"], digests: Sequence[bytes]
     ) -> Float64[Tensor, "r"]:
         """The errors of rows (image, time, class); an (image, time) is noised once for all its classes."""
-        pairs, pair_of = torch.unique(rows[:, :2], dim=0, return_inverse=True)
+        pairs, pair_of = torch.unique_consecutive(rows[:, :2], dim=0, return_inverse=True)
         eps = torch.stack([self._eps(x0.shape[1:], digests[image], time) for image, time in pairs.tolist()]).to(x0)
         t = torch.tensor([self.times[time] for time in pairs[:, 1].tolist()], device=x0.device)
         clean = x0[pairs[:, 0]].double()  # in float64, or the target would lose digits where sigma is small

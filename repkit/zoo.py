@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,3 +184,15 @@ def _read_json(path: Path, why: str) -> dict[str, Any]:
         raise OSError(f"no {path.name} in {path.parent}: {why}; save the pipeline with save_pretrained") from None
     except json.JSONDecodeError as error:
         raise OSError(f"{path} is no JSON: {error}") from error
+
+
+def random_control(backbone: Backbone, seed: int = 0) -> Backbone:
+    """The same network with freshly initialised weights: what its features are worth without any training."""
+    control = copy(backbone)
+    vars(control).pop("weights_hash", None)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = type(backbone.model).from_config(backbone.model.config)
+    control.model = model.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
+    control.name, control.provenance = f"{backbone.name} (random init)", {}
+    return control
