@@ -92,7 +92,8 @@ def _read_idx(path: Path) -> UInt8[np.ndarray, "..."]:
     shape = np.frombuffer(content, ">u4", axes, 4).astype(int) if len(content) >= 4 + 4 * axes else ()
     if content[:3] != bytes([0, 0, _UNSIGNED_BYTE]) or len(content) != 4 + 4 * axes + np.prod(shape):
         raise ValueError(f"{path} is no idx file of bytes; give the original *-ubyte.gz")
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape)
+    # Copied, because torch warns of arrays that cannot be written to.
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * axes).reshape(shape).copy()
 
 
 def _write_split(folder: Path, split: str, images: Images, labels: Labels) -> None:

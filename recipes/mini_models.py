@@ -17,9 +17,9 @@ from repkit.schedule import Schedule
 class MiniModel:
     """A class-conditional pixel model; the label after the last class is the null class."""
 
-    network: type[UNet2DModel] | type[DiTTransformer2DModel]
+    network: Any  # diffusers' class; their types do not say that it makes modules
     config: Mapping[str, Any]
-    scheduler: type[DDPMScheduler] | type[FlowMatchEulerDiscreteScheduler]
+    scheduler: Any  # diffusers' class
     scheduler_config: Mapping[str, Any]
     pipeline: str  # what diffusers calls the folder, in model_index.json
     component: str  # the network's folder in it
@@ -100,7 +100,7 @@ def predict(
     return network(x_t, t, class_labels=labels, return_dict=False)[0].float()
 
 
-def _zero_adaln(network: DiTTransformer2DModel) -> None:
+def _zero_adaln(network: Any) -> None:
     """adaLN-zero (Peebles & Xie 2023), which diffusers leaves out: each block begins as the identity."""
     for block in network.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)

@@ -188,8 +188,8 @@ any other use.
 
 ## Data
 
-Fashion-MNIST, copyright 2017 Zalando SE, MIT licence: the {data}, resized from 28x28 to 32x32 (bicubic). No test image
-was used. The 4,000 training images that repkit's probes use are among the 60,000.
+Fashion-MNIST, copyright 2017 Zalando SE, MIT licence: the {data}, resized from 28x28 to 32x32
+(bicubic). No test image was used. The 4,000 training images that repkit's probes use are among the 60,000.
 
 ## Recipe
 
@@ -200,13 +200,14 @@ was used. The 4,000 training images that repkit's probes use are among the 60,00
 {recipe}
 ```
 
-Label dropout is by whole labels; times are stratified over each batch.
+Times are stratified over each batch; the loss is the mean squared error of the prediction, at every time alike.
 
 ![loss](loss.png)
 
 ## Samples
 
-Not chosen, without guidance, 50 steps of the deterministic sampler; a column for each class, in the order of the labels.
+Not chosen, without guidance, 50 steps of the deterministic sampler; a column for each class, in the order of their
+labels.
 
 ![samples](samples.png)
 

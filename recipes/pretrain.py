@@ -1,33 +1,30 @@
 """Train the bundled models, mini-unet and mini-dit, on Fashion-MNIST; a killed run continues as if it had not been.
 
-Images, labels, noise, times and dropped labels of a step are functions of (seed, step), drawn on the CPU whatever the
-training runs on. Weights are the same bits in every run on one machine's CPU at one number of threads.
+Weights are the same bits in every run on one machine's CPU at one number of threads.
 """
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float
 from jsonargparse import auto_cli
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from PIL import Image
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from repkit.datasets.fashion_mnist import CLASSES, DEBIAN, load, load_full
-from repkit.images import Resize
+from repkit.datasets.fashion_mnist import DEBIAN
 from repkit.recipes.mini_models import build_network, mini_model, predict
 from repkit.recipes.model_folder import export_model, read_weights, write_losses
+from repkit.recipes.training_images import Batch, TrainingImages
 from repkit.schedule import Schedule
 
 _FIXED = ("model", "network", "batch", "seed")  # what a resume may not change: a step would mean something else
@@ -85,60 +82,6 @@ class Options:
         for name in ("decay", "ema_decay", "label_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a share; give 0 to 1")
-
-
-class Batch(NamedTuple):
-    """One training step's draw: images in [-1, 1], labels after dropout, noise, and uniform times in [0, 1)."""
-
-    x0: Float[Tensor, "b 1 h w"]
-    labels: Int64[Tensor, " b"]
-    eps: Float[Tensor, "b 1 h w"]
-    u: Float[Tensor, " b"]
-
-
-def draw_batch(images: UInt8[Tensor, "n h w"], labels: Int64[Tensor, " n"], step: int, options: Options) -> Batch:
-    """What training step `step` sees: each image once an epoch, and times stratified over the batch."""
-    size = options.batch
-    epoch, position = divmod(step, len(images) // size)
-    order = torch.randperm(len(images), generator=_generator(options.seed, "order", epoch))
-    rows = order[position * size : (position + 1) * size]
-    x0 = images[rows][:, None].float() / 127.5 - 1
-    generator = _generator(options.seed, "step", step)
-    dropped = torch.rand(size, generator=generator) < options.label_dropout
-    eps = torch.randn(x0.shape, generator=generator)
-    u = (torch.rand(1, generator=generator) + torch.arange(size) / size) % 1
-    return Batch(x0, torch.where(dropped, len(CLASSES), labels[rows]), eps, u)
-
-
-def _generator(seed: int, purpose: str, index: int) -> torch.Generator:
-    words = np.random.SeedSequence([seed, *purpose.encode(), index]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(words[0]))
-
-
-def prepare_images(images: UInt8[np.ndarray, "n 28 28"], size: int) -> UInt8[Tensor, "n h w"]:
-    """Grey images as the backbones will see them: through the same resize, which works on RGB."""
-    resize = Resize(size)
-    return torch.from_numpy(np.stack([resize(Image.fromarray(image).convert("RGB"))[0][..., 0] for image in images]))
-
-
-class FashionMnist(LightningDataModule):
-    """The training images; its batches begin at the step at which the trainer stands."""
-
-    def __init__(self, options: Options, size: int) -> None:
-        super().__init__()
-        self.options, self.size = options, size
-
-    def setup(self, stage: str) -> None:
-        data = self.options.data
-        images, labels = load("train") if data == "bundled" else load_full(data, "train")
-        if len(images) < self.options.batch:
-            raise ValueError(f"batch={self.options.batch} of {len(images)} images; give a smaller one")
-        self.images, self.labels = prepare_images(images, self.size), torch.from_numpy(labels)
-
-    def train_dataloader(self) -> Iterator[Batch]:
-        assert self.trainer is not None
-        steps = count(self.trainer.global_step)
-        return (draw_batch(self.images, self.labels, step, self.options) for step in steps)
 
 
 class Denoiser(LightningModule):
@@ -233,6 +176,14 @@ class Checkpoints(Callback):
         self.losses = state_dict["losses"]
 
 
+class StepsBar(RichProgressBar):
+    """Progress over all steps: Lightning's own total after a resume is what remains, its count is not."""
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.trainer.max_steps
+
+
 def pretrain(options: Options) -> Path:
     """Train, or go on from out/last.ckpt, then export the averaged weights; returns the folder out/model.
 
@@ -246,7 +197,13 @@ def pretrain(options: Options) -> Path:
     denoiser = Denoiser(options)
     if options.compile:
         denoiser.network.compile()
-    data = FashionMnist(options, denoiser.network.config.sample_size)
+    data = TrainingImages(
+        options.data,
+        denoiser.network.config.sample_size,
+        batch=options.batch,
+        label_dropout=options.label_dropout,
+        seed=options.seed,
+    )
     trainer = _trainer(options)
     try:
         trainer.fit(denoiser, data, ckpt_path=last if last.exists() else None, weights_only=True)
@@ -258,11 +215,11 @@ def pretrain(options: Options) -> Path:
 def _trainer(options: Options) -> Trainer:
     return Trainer(
         max_steps=options.steps,
-        max_epochs=1,  # the batches never end
+        max_epochs=-1,  # the one epoch never ends
         accelerator=options.accelerator,
         devices=1,
-        precision=options.precision,
-        callbacks=[Checkpoints(options)],
+        precision=options.precision,  # type: ignore[arg-type]
+        callbacks=[Checkpoints(options), StepsBar()],
         enable_checkpointing=False,
         enable_model_summary=False,
         logger=False,
@@ -277,10 +234,18 @@ def _check_same_run(checkpoint: Path, options: Options) -> None:
         raise ValueError(f"{checkpoint} is of a run with {was}; give the same, or another out")
 
 
+def parse_options(args: Sequence[str] | None = None) -> Options:
+    """Options from `[--config FILE] [--option value ...]`, the later ones winning; without `args`, of this process.
+
+    Raises SystemExit, after a usage message, for an option or a type that does not fit.
+    """
+    return auto_cli(Options, args=None if args is None else list(args), prog="repkit pretrain")
+
+
 def main(args: Sequence[str] | None = None) -> None:
-    """`repkit pretrain [--config FILE] [--option value ...]`; later ones win."""
+    """`repkit pretrain`: parse, train or go on, export; prints the model folder."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no word on devices that are not asked for
-    print(pretrain(auto_cli(Options, args=None if args is None else list(args), prog="repkit pretrain")))
+    print(pretrain(parse_options(args)))
 
 
 if __name__ == "__main__":

@@ -38,12 +38,15 @@ def capture(
 
     A module that runs several times counts with its first call. With `stop=False` the whole forward is computed.
     `taken_at` is called with each point at the moment it is reached.
-    Raises ValueError for a path that is not in the model, RuntimeError for a module that the forward never reached.
+    Raises ValueError for a path that is not in the model and for a module that the forward never calls.
     """
     wanted = list(dict.fromkeys(points))
     taken: dict[Point, Any] = {}
+    over = False
 
     def take(point: Point, value: Any) -> None:
+        if over:  # gradient checkpointing runs modules again in the backward pass
+            return
         taken.setdefault(point, value)
         if taken_at:
             taken_at(point)
@@ -55,15 +58,20 @@ def capture(
             run(stand_in)
         except _Stop:
             pass
+    over = True
     if missed := [point.path for point in wanted if point not in taken]:
-        raise RuntimeError(f"{', '.join(missed)} did not run in this forward, so there is nothing to take there")
+        raise ValueError(
+            f"{', '.join(missed)} did not run in this forward, so there is nothing to take there; "
+            "name a module that is called (a list of modules is not)"
+        )
     return taken
 
 
 @contextmanager
 def _tapped(model: nn.Module, points: Sequence[Point], take: Callable[[Point, Any], None]) -> Iterator[nn.Module]:
     """A model to run in place of `model` that reports each point to `take`."""
-    if not any(_runs_elsewhere(module) for point in points for module in _ancestors(model, point.path)):
+    above = [module for point in points for module in _ancestors(model, point.path)]
+    if not any(_runs_elsewhere(module) for module in above):
         copies = {"": _shallow_copy(model)}
         for point in points:
             _hook(_copy_along(copies, point.path), point, take)

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="repkit",
@@ -90,9 +88,10 @@ def models(as_json: Json = False) -> None:
         _print_json(found)
         return
     for model in found:
-        print(f"{model['name']:12} {model['class']}, {model['prediction']}-prediction, {model['size']} px")
-        print(f"{'':12} {model['data']}; {model['licence']}")
-    print("or: a diffusers folder, a hub id (owner/name), timm:NAME for a vision transformer")
+        classes = f", {model['classes']} classes" if model["classes"] else ""
+        print(f"{model['name']:12} {model['class']}, {model['prediction']}-prediction, {model['size']} px{classes}")
+        print(f"{'':12} {model['card']}")
+    print("or a diffusers folder, a hub id (owner/name), timm:NAME for a vision transformer")
 
 
 @app.command()
@@ -310,8 +309,9 @@ def search(
     loaded = Index.load(index)
     extractor = rebuild_extractor(loaded.identity, loaded.provenance, model=model, device=device)
     hits = loaded.search(extractor([image]), k)
+    labels = loaded.items["label"].to_pylist()
     found = [
-        {"id": name, "score": float(score), "label": loaded.labels[row] if loaded.labels else None}
+        {"id": name, "score": float(score), "label": labels[row]}
         for name, score, row in zip(hits.ids[0], hits.scores[0], hits.rows[0], strict=True)
     ]
     if as_json:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from repkit.backbones.base import Block, Cond, hash_weights
 from repkit.capture import Point, capture
-from repkit.extractors import Images, prepare
+from repkit.extractors import Extractor, Images, prepare
 from repkit.features import Features, Identity, check_finite
 from repkit.images import Resize, decoder_identity
 from repkit.taps import parse_blocks
@@ -40,7 +40,7 @@ class Reading:
     cls: bool = False
 
 
-class DinoExtractor:
+class DinoExtractor(Extractor):
     """Images -> Features at `taps` of a timm VisionTransformer or Eva (DINOv3, EVA-02): one forward for all taps.
 
     model: a timm name (`vit_small_patch14_dinov2`, also `timm:...` or `hf-hub:...`), a folder with `config.json` and
@@ -68,12 +68,16 @@ class DinoExtractor:
     ) -> None:
         if isinstance(model, nn.Module):
             self.name, self.model = type(model).__name__, _checked(model, type(model).__name__)
+            self.provenance = {}
         else:
             self.name = str(model)
             self.model = _checked(_load(self.name), self.name).to(device, dtype)
+            self.provenance = {"model": f"timm:{self.name.removeprefix('timm:')}"}
         self.readings = _chosen(taps, _readings(self.model), self.name)
         self.resize = resize or Resize(tuple(self.model.patch_embed.img_size))
         self.check_size(*self.resize.shape)
+        # `cls` is one cell as large as the image
+        self.blocks = {key: Block(c, self.resize.shape[0] // h) for key, (c, h, _) in self.shapes.items()}
 
     def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
         """Extract every tap; nothing after the last tapped block is computed.
@@ -121,7 +125,7 @@ class DinoExtractor:
         )
         return ((images - mean) / std).to(self.dtype)
 
-    def _read(self, reading: Reading, raw: Tokens, grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
+    def _read(self, reading: Reading, raw: Float[Tensor, "b n _c"], grid: tuple[int, int]) -> Float[Tensor, "b c h w"]:
         tokens = (raw if reading.apply is None else reading.apply(raw)).float()
         if reading.cls:
             return rearrange(tokens[:, 0], "b c -> b c 1 1")
@@ -144,12 +148,6 @@ class DinoExtractor:
         """(c, h, w) of each key's map for images that went through `resize`."""
         grid = self._grid(*self.resize.shape)
         return {key: (one.channels, *((1, 1) if one.cls else grid)) for key, one in self.readings.items()}
-
-    @cached_property
-    def blocks(self) -> Mapping[str, Block]:
-        """Channels and stride of each key; `cls` is one cell as large as the image."""
-        height = self.resize.shape[0]
-        return {key: Block(channels, height // h) for key, (channels, h, _) in self.shapes.items()}
 
     @cached_property
     def weights_hash(self) -> str:

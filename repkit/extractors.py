@@ -1,12 +1,13 @@
 """DiffusionExtractor: images -> Features, at chosen blocks and times of a frozen denoiser."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from math import log
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,24 +25,29 @@ Images = Float[Tensor, "b 3 H W"] | Sequence[Image.Image | Path | str]
 Noise = Literal["image", "shared", "fresh"]
 
 
-class Extractor(Protocol):
+class Extractor(ABC):
     """What exports, heads and indexes ask of an extractor.
 
-    `blocks` maps each output key to its channels and stride, `shapes` to (c, h, w) at the size that `resize` makes.
+    `blocks` maps each output key to its channels and stride, `provenance` says from what it was loaded.
     """
 
     resize: Resize
+    blocks: Mapping[str, Block]
+    provenance: Mapping[str, str | None]
 
     @property
-    def blocks(self) -> Mapping[str, Block]: ...
+    @abstractmethod
+    def shapes(self) -> Mapping[str, tuple[int, int, int]]:
+        """(c, h, w) of each key's map for images that went through `resize`."""
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, int, int]]: ...
+    @abstractmethod
+    def identity(self) -> Identity:
+        """What decides the features' values, as JSON-ready data; equal identities mean comparable features."""
 
-    @property
-    def identity(self) -> Identity: ...
-
-    def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features: ...
+    @abstractmethod
+    def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
+        """Extract every tap; see the extractor's own words for `cond`."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,13 @@ class Batch:
 def prepare(images: Images, resize: Resize, device: torch.device) -> Batch:
     """Decode and resize paths and PIL images; tensors are used as they are."""
     if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        if images.ndim != 4 or images.shape[1] != 3 or not len(images) or not images.is_floating_point():
             raise ValueError(
                 f"images of shape {tuple(images.shape)} and {images.dtype}; give float tensors [b 3 H W], RGB in [0, 1]"
             )
-        return Batch(images.to(device))
+        return Batch(images.to(device, torch.float32))
+    if not isinstance(images, Sequence) or isinstance(images, str):
+        raise TypeError(f"images is one {type(images).__name__}; give a list, of one image if need be")
     if len(images) == 0:
         raise ValueError("no images given; give at least one")
     pixels, masks = zip(*(resize(decode(image)) for image in images), strict=True)
@@ -75,7 +83,7 @@ class Level:
     clean: bool = False
 
 
-class DiffusionExtractor:
+class DiffusionExtractor(Extractor):
     """Images -> Features at `taps` of a diffusion backbone.
 
     taps: groups `BLOCKS@TIMES`. resize: how paths and PIL images become network inputs; None is the backbone's size,
@@ -99,11 +107,12 @@ class DiffusionExtractor:
         if draws < 1:
             raise ValueError(f"draws={draws}; give at least 1")
         self.backbone, self.cond, self.draws, self.seed, self.noise = backbone, cond, draws, seed, noise
+        self.provenance = backbone.provenance
         self.resize = resize or Resize(backbone.size)
         self.taps = {str(tap): tap for tap in parse_taps(taps, list(backbone.points), model=backbone.name)}
         self.levels = {key: resolve(backbone, tap.time) for key, tap in self.taps.items() if tap.time is not None}
         found = backbone.describe([tap.block for tap in self.taps.values()])
-        self.blocks: Mapping[str, Block] = {key: found[tap.block] for key, tap in self.taps.items()}
+        self.blocks = {key: found[tap.block] for key, tap in self.taps.items()}
         backbone.condition(cond, 1 if cond is None or isinstance(cond, str | int) else len(cond))
 
     def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
@@ -158,11 +167,6 @@ class DiffusionExtractor:
         return {key: found[tap.block] for key, tap in self.taps.items()}
 
     @property
-    def provenance(self) -> Mapping[str, str | None]:
-        """What `load` was given, from which the backbone can be loaded again."""
-        return self.backbone.provenance
-
-    @property
     def identity(self) -> Identity:
         """What decides the features' values, as JSON-ready data; equal identities mean comparable features."""
         return {
@@ -194,7 +198,9 @@ def resolve(backbone: Backbone, time: Time) -> Level:
     """The native time of what a tap asks for; ValueError where the model has no such time."""
     schedule = backbone.schedule
     if time.kind == "clean":
-        return Level(backbone.clean_t if time.value is None else time.value, clean=True)
+        told = backbone.clean_t if time.value is None else time.value
+        schedule.coefficients(told)  # refuses what is out of range
+        return Level(float(told), clean=True)
     assert time.value is not None
     if time.kind == "sigma":
         return Level(float(schedule.time(sigma=time.value)))
@@ -202,5 +208,5 @@ def resolve(backbone: Backbone, time: Time) -> Level:
         return Level(float(schedule.time(logsnr=time.value)))
     if schedule.kind == "edm":
         raise ValueError(f"{backbone.name} has no training timesteps, so no time {time}; write sigma=... instead")
-    schedule.coefficients(time.value)  # refuses what is out of range
+    schedule.coefficients(time.value)
     return Level(float(time.value))

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from repkit import __version__
 from repkit.extractors import Extractor
 from repkit.features import identity_differences
 from repkit.listing import list_images
@@ -29,7 +30,7 @@ from repkit.shards import (
 
 COLUMNS = ("id", "path", "label", "split", "prompt")
 FIELDS = ("label", "split", "id", "prompt")
-_PACKAGES = ("repkit", "torch", "torchvision", "numpy", "pillow", "diffusers", "timm")
+_PACKAGES = ("torch", "torchvision", "numpy", "pillow", "diffusers", "timm")
 _log = logging.getLogger("repkit")
 
 Manifest = dict[str, Any]
@@ -111,6 +112,7 @@ def provenance(extractor: Extractor, batch_size: int) -> Manifest:
     device = _device(extractor)
     return {
         "python": platform.python_version(),
+        "repkit": __version__,
         **{name: _version(name) for name in _PACKAGES},
         "device": device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",

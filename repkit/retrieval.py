@@ -1,9 +1,7 @@
 """Index: FAISS vectors with the ids of their images and the identity of the extractor that made them."""
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,16 @@ from typing import Any
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from jaxtyping import Float32, Int64, Num
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from repkit.features import Features, Identity, identity_differences
+from repkit.indexfiles import DESCRIBED, read_index, write_index
 from repkit.pooling import pool
-from repkit.shards import parquet_bytes, publish, sha256
 from repkit.store import FeatureStore
 
-Vectors = Num[np.ndarray, "n d"] | Num[Tensor, "n d"]
+Vectors = np.ndarray | Tensor  # [n d] of numbers, which is checked in `_check_vectors`
 
-FORMAT, VERSION = "repkit-index", 1
-VECTORS, ITEMS, MANIFEST = "index.faiss", "items.parquet", "manifest.json"
 KINDS = ("auto", "flat")
 METRICS: Mapping[str, int] = {
     "cosine": faiss.METRIC_INNER_PRODUCT,
@@ -118,6 +113,8 @@ class Index:
             empty = np.empty((len(vectors), k))
             return Hits([[] for _ in vectors], empty.astype(np.float32), empty.astype(np.int64))
         scores, rows = self.vectors.search(_unit(vectors) if self.metric == "cosine" else vectors, k)
+        if (rows < 0).any():
+            raise ValueError('the vectors are so large that float32 overflows; scale them down or use metric="cosine"')
         if self.metric == "l2":  # FAISS gives the square, and by rounding less than 0 now and then
             scores = np.sqrt(np.maximum(scores, 0))
         names = self.items["id"].take(pa.array(rows.ravel())).to_pylist()
@@ -129,19 +126,7 @@ class Index:
         An index that is there is replaced; a kill at that moment can leave one that `load` refuses, so a service
         should get a new folder. Raises ValueError for a folder that holds anything else.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_replaceable(folder)
-        files = {VECTORS: faiss.serialize_index(self.vectors).tobytes(), ITEMS: parquet_bytes(self.items)}
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "count": len(self),
-            "dimension": self.dimension,
-            **{name: getattr(self, name) for name in _DESCRIBED},
-            "sha256": {name: sha256(content) for name, content in files.items()},
-        }
-        publish(folder, files | {MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()})
+        write_index(Path(folder), self.vectors, self.items, {name: getattr(self, name) for name in DESCRIBED})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Index":
@@ -149,19 +134,10 @@ class Index:
 
         Raises FileNotFoundError for a missing folder, ValueError for one that is damaged or no index.
         """
-        folder = Path(folder)
-        manifest = _read_manifest(folder)
-        for name in (VECTORS, ITEMS):
-            _check_sha256(folder / name, manifest["sha256"][name])
-        index = cls(
-            _read_vectors(folder / VECTORS),
-            pq.read_table(folder / ITEMS, partitioning=None),
-            **{name: manifest[name] for name in _DESCRIBED},
-        )
-        described = (manifest["count"], manifest["dimension"], METRICS.get(index.metric))
-        if described != (len(index), index.dimension, index.vectors.metric_type) or len(index) != len(index.items):
-            raise ValueError(f"{folder} does not hold what its {MANIFEST} says; build the index again")
-        return index
+        vectors, items, described = read_index(Path(folder))
+        if METRICS.get(described["metric"]) != vectors.metric_type:
+            raise ValueError(f"{folder} does not hold what its manifest says; build the index again")
+        return cls(vectors, items, **described)
 
     def _pooled(self, queries: Features) -> Tensor:
         if self.identity is None or self.key is None or self.pool is None:
@@ -176,9 +152,6 @@ class Index:
                 + "; ".join(differences)
             )
         return pool(queries[self.key].float(), self.pool, queries.mask)
-
-
-_DESCRIBED = ("metric", "kind", "key", "pool", "identity", "provenance")  # fields of Index that the manifest holds
 
 
 def _build_from_store(store: FeatureStore, key: str | None, metric: str) -> Index:
@@ -239,68 +212,6 @@ def _array_items(count: int, ids: Sequence[str] | None, labels: Sequence[str] | 
     text = pa.string()
     columns = [pa.array(names, text), pa.nulls(count, text), pa.array(classes, text)]
     return pa.table(columns, names=["id", "path", "label"])
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Only an index, or what an interrupted save has left of one, may be overwritten."""
-    others = {path.name.removesuffix(".part") for path in folder.iterdir()} - {VECTORS, ITEMS, MANIFEST}
-    if others:
-        raise ValueError(f"{folder} holds other files ({', '.join(sorted(others)[:3])}); save into a folder of its own")
-    if (folder / MANIFEST).exists():
-        _read_manifest(folder)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise FileNotFoundError(2, "no such index", str(folder))
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise ValueError(
-            f"{folder} is no index: it has no {MANIFEST}; give a folder that an index was saved in"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error}); build the index again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder} is no index: its {MANIFEST} is not one of ours")
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"{folder} has format version {manifest.get('version')}; this repkit reads {VERSION}")
-    return manifest
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    found = "missing"
-    if path.is_file():
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise ValueError(f"{path} is damaged: its sha256 is {found}, not {expected}; build the index again")
-
-
-def _read_vectors(path: Path) -> Any:
-    try:
-        with _bounded_reading(path.stat().st_size):
-            return faiss.read_index(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no index that FAISS reads ({error}); build the index again") from error
-
-
-@contextmanager
-def _bounded_reading(size: int) -> Iterator[None]:
-    """Keep FAISS from allocating, or looping over, more than a file of `size` bytes can hold.
-
-    It knows such limits for the whole process only, so they are put back.
-    """
-    limits = {"loop_limit": size, "vector_byte_limit": 8 * size}  # FAISS compares with a quarter, or less, of the bytes
-    known = [name for name in limits if hasattr(faiss, f"set_deserialization_{name}")]
-    before = {name: getattr(faiss, f"get_deserialization_{name}")() for name in known}
-    try:
-        for name in known:
-            getattr(faiss, f"set_deserialization_{name}")(limits[name])
-        yield
-    finally:
-        for name in known:
-            getattr(faiss, f"set_deserialization_{name}")(before[name])
 
 
 def _as_json(identity: Identity) -> Any:

@@ -5,14 +5,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Num
 from torch import Tensor
 
-Prediction = Literal["eps", "v", "x0", "flow", "edm"]
+PREDICTIONS = ("eps", "v", "x0", "flow", "edm")
 Times = Num[Tensor, "*t"] | float | int
 
 # diffusers' classes by the (beta_start, beta_end, beta_schedule) that they take where a config leaves them out
@@ -28,7 +28,7 @@ _BETA_CLASSES: Mapping[str, tuple[float, float, str]] = {
 }
 _EDM_CLASSES = ("EDMEuler", "EDMDPMSolverMultistep")
 _FLOW_CLASSES = ("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "FlowMatchLCM", "LTXEulerAncestralRF")
-_PREDICTION_TYPES: Mapping[str, Prediction] = {
+_PREDICTION_TYPES: Mapping[str, str] = {
     "epsilon": "eps",
     "v_prediction": "v",
     "sample": "x0",
@@ -48,7 +48,7 @@ class Schedule:
     """
 
     kind: Literal["discrete", "edm", "flow"]
-    prediction: Prediction
+    prediction: str
     alphas_cumprod: tuple[float, ...] = field(default=(), repr=False)  # discrete: alpha(t)^2
     shift: float = 1.0  # flow: uniform u -> sigma = shift*u / (1 + (shift-1)*u), only in time_at
     sigma_min: float = 0.0  # edm: the range of sigma that the network was trained on
@@ -72,7 +72,7 @@ class Schedule:
             raise ValueError(f"sigma_data={self.sigma_data} and shift={self.shift} must be positive")
 
     @classmethod
-    def discrete(cls, alphas_cumprod: Sequence[float] | Num[Tensor, "T"], prediction: Prediction) -> "Schedule":
+    def discrete(cls, alphas_cumprod: Sequence[float] | Num[Tensor, "T"], prediction: str) -> "Schedule":
         """Build a variance-preserving schedule from its table alpha(t)^2, t = 0 .. T-1."""
         return cls("discrete", prediction, tuple(torch.as_tensor(alphas_cumprod, dtype=torch.float64).tolist()))
 
@@ -80,7 +80,7 @@ class Schedule:
     def from_betas(
         cls,
         betas: str | Sequence[float] | Num[Tensor, "T"],
-        prediction: Prediction = "eps",
+        prediction: str = "eps",
         *,
         start: float = 1e-4,
         end: float = 0.02,
@@ -105,7 +105,7 @@ class Schedule:
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
-        prediction: Prediction = "edm",
+        prediction: str = "edm",
         *,
         edm_sign: Literal[1, -1] = 1,
     ) -> "Schedule":
@@ -114,7 +114,7 @@ class Schedule:
         return cls("edm", prediction, sigma_min=low, sigma_max=high, sigma_data=data, edm_sign=edm_sign)
 
     @classmethod
-    def flow(cls, shift: float = 1.0, prediction: Prediction = "flow") -> "Schedule":
+    def flow(cls, shift: float = 1.0, prediction: str = "flow") -> "Schedule":
         """Build a rectified flow: sigma = t/1000; `shift` says how densely `time_at` covers it."""
         return cls("flow", prediction, shift=float(shift))
 
@@ -229,7 +229,7 @@ class Schedule:
         return alpha * x0 + sigma * eps.to(alpha.dtype)
 
     def convert(
-        self, prediction: Float[Tensor, "*x"], x_t: Float[Tensor, "*x"], t: Times, *, to: Prediction
+        self, prediction: Float[Tensor, "*x"], x_t: Float[Tensor, "*x"], t: Times, *, to: str
     ) -> Float[Tensor, "*x"]:
         """Turn what the network predicts into eps, v, x0, flow or edm; t is a scalar or one per row.
 
@@ -237,8 +237,6 @@ class Schedule:
         the prediction and x_t do not determine the answer: from eps at alpha = 0, from x0 at sigma = 0.
         """
         _check_prediction(to)
-        if prediction.shape != x_t.shape:
-            raise ValueError(f"prediction {tuple(prediction.shape)} and x_t {tuple(x_t.shape)} must have one shape")
         if to == self.prediction:
             return prediction.to(_compute_dtype(prediction))
         alpha, sigma = self._coefficients_for(x_t, t)
@@ -272,8 +270,9 @@ class Schedule:
     @property
     def _span(self) -> tuple[float, float]:
         """Native times of least and most noise."""
-        spans = {"discrete": (0, len(self.alphas_cumprod) - 1), "edm": (self.sigma_min, self.sigma_max)}
-        return spans.get(self.kind, (0, 1000))
+        if self.kind == "discrete":
+            return 0.0, float(len(self.alphas_cumprod) - 1)
+        return (self.sigma_min, self.sigma_max) if self.kind == "edm" else (0.0, 1000.0)
 
     def _check_time(self, t: Times) -> Float64[Tensor, "*t"]:
         time = torch.as_tensor(t, dtype=torch.float64)
@@ -282,7 +281,7 @@ class Schedule:
         if self.kind == "discrete":
             valid &= time == time.round()
         if not valid.all():
-            what = {"discrete": f"a whole step from 0 to {last}", "edm": "sigma >= 0", "flow": "from 0 to 1000"}
+            what = {"discrete": f"a whole step from 0 to {last:g}", "edm": "sigma >= 0", "flow": "from 0 to 1000"}
             bad = time[~valid][0].item()
             raise ValueError(f"t={bad:g} is no time of this {self.kind} schedule: t is {what[self.kind]}")
         return time
@@ -296,7 +295,7 @@ class Schedule:
         alpha, sigma = (c.reshape(rows).to(x.device) for c in self.coefficients(t))
         return alpha, sigma
 
-    def _weights(self, prediction: Prediction, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _weights(self, prediction: str, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """The (a, b) of prediction = a*x0 + b*eps."""
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
         if prediction == "edm":
@@ -343,8 +342,8 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _check_prediction(prediction: str) -> None:
-    if prediction not in get_args(Prediction):
-        raise ValueError(f"no prediction {prediction!r}; have {', '.join(get_args(Prediction))}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"no prediction {prediction!r}; have {', '.join(PREDICTIONS)}")
 
 
 def _betas(name: str, start: float, end: float, steps: int) -> Float64[Tensor, "T"]:
@@ -362,7 +361,7 @@ def _betas(name: str, start: float, end: float, steps: int) -> Float64[Tensor, "
     elif name == "exp":
         alpha_bar = torch.exp(-12 * u)
     elif name == "laplace":
-        alpha_bar = torch.sigmoid(-0.5 * torch.sign(u - 0.5) * torch.log(1 - 2 * (u - 0.5).abs() + 1e-6)).sqrt()
+        alpha_bar = torch.sigmoid(-0.5 * torch.sign(0.5 - u) * torch.log(1 - 2 * (u - 0.5).abs() + 1e-6)).sqrt()
     else:
         known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, exp, laplace"
         raise ValueError(f"no beta schedule {name!r}; have {known}; or give the betas themselves")
@@ -384,7 +383,7 @@ def _read_config(config: object) -> Mapping[str, Any]:
     return {**options, "_class_name": type(config).__name__}
 
 
-def _read_prediction(options: Mapping[str, Any]) -> Prediction:
+def _read_prediction(options: Mapping[str, Any]) -> str:
     name = options.get("prediction_type", "epsilon")
     if name not in _PREDICTION_TYPES:
         raise ValueError(f"no prediction_type {name!r}; have {', '.join(_PREDICTION_TYPES)}")
@@ -419,6 +418,6 @@ def _read_shift(options: Mapping[str, Any], key: str) -> float:
             f"{options.get('num_train_timesteps', 1000)}: a flow must have 0 as data and 1000 as noise"
         )
     if not options.get("use_dynamic_shifting"):
-        return float(options.get(key, 1.0))
-    mu = float(options.get("max_shift", 1.15))
+        return float(options.get(key) or 1.0)
+    mu = float(options.get("max_shift") or 1.15)
     return mu if options.get("time_shift_type") == "linear" else math.exp(mu)

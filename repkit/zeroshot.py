@@ -93,6 +93,8 @@ class DiffusionClassifier:
         self.log_prior = _log_prior(prior, len(self.classes))
         self.resize = Resize(backbone.size)
         self.times = stratified_times(backbone, evaluations)
+        # targets are converted from x0, because eps leaves v and flow undetermined at a step without signal
+        self._of_x0 = replace(backbone.schedule, prediction="x0")
         self._conditions  # noqa: B018  an unknown class is told now, not after the images were decoded
 
     def classify(self, images: Images) -> Posterior:
@@ -160,10 +162,7 @@ class DiffusionClassifier:
         t = torch.tensor([self.times[time] for time in pairs[:, 1].tolist()], device=x0.device)
         clean = x0[pairs[:, 0]].double()  # in float64, or the target would lose digits where sigma is small
         x_t = self.backbone.schedule.add_noise(clean, eps.double(), t)
-        # from x0 rather than from eps, which leaves v and flow undetermined at a step without signal
-        target = replace(self.backbone.schedule, prediction="x0").convert(
-            clean, x_t, t, to=self.backbone.schedule.prediction
-        )
+        target = self._of_x0.convert(clean, x_t, t, to=self.backbone.schedule.prediction)
         prediction = self.backbone.denoise(x_t[pair_of].to(x0), t[pair_of], self._conditions[rows[:, 2].to(x0.device)])
         return reduce((target[pair_of] - prediction) ** 2, "r c h w -> r", "sum").cpu()
 

@@ -99,6 +99,24 @@ def bundled() -> list[str]:
     return sorted(folder.name for folder in MODELS.iterdir() if (folder / "model_index.json").is_file())
 
 
+def describe(name: str) -> dict[str, Any]:
+    """What a bundled model is, from its configs alone: class, prediction, image side, classes, measured figures."""
+    folder = MODELS / name
+    index = _read_json(folder / "model_index.json", "a bundled model has one")
+    part = next(part for part in _DENOISERS if _component(index, part))
+    schedule = Schedule.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json", "a model has one"))
+    figures = folder / "figures.json"
+    return {
+        "name": name,
+        "class": _component(index, part),
+        "prediction": schedule.prediction,
+        "size": _read_json(folder / part / "config.json", "a model has one")["sample_size"],
+        "classes": len(index.get("id2label", {})),
+        "figures": json.loads(figures.read_text()) if figures.is_file() else {},
+        "card": str(folder / "README.md"),
+    }
+
+
 def find(model: str, *, revision: str | None = None, offline: bool = False) -> Path:
     """The folder of a bundled name, a path or a hub id (downloaded to the hub's cache unless it is there)."""
     if model in bundled():

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from repkit.backbones.base import Backbone, Cond, Condition
 from repkit.backbones.labels import class_labels
 from repkit.capture import Point
-from repkit.schedule import Prediction, Schedule
+from repkit.schedule import Schedule
 
-PREDICTIONS: tuple[Prediction, ...] = ("eps", "v", "x0", "flow", "edm")
+PREDICTIONS = ("eps", "v", "x0", "flow", "edm")
 SIGMA_DATA = 0.5
 STEPS = 1000
 
@@ -85,7 +85,7 @@ class GaussianBackbone(Backbone):
 
     def __init__(
         self,
-        prediction: Prediction,
+        prediction: str,
         means: Float[Tensor, "k c h w"],
         variance: float,
         class_names: Sequence[str] | None = None,
@@ -114,7 +114,7 @@ class GaussianBackbone(Backbone):
         return {"posterior": Point("posterior")}
 
 
-def gaussian_schedule(prediction: Prediction) -> Schedule:
+def gaussian_schedule(prediction: str) -> Schedule:
     """A rectified flow for "flow", sigma in 0.02 ... 20 for "edm", the linear beta table for the others."""
     if prediction == "flow":
         return Schedule.flow()
@@ -124,7 +124,7 @@ def gaussian_schedule(prediction: Prediction) -> Schedule:
 
 
 def gaussian_backbone(
-    prediction: Prediction, means: Float[Tensor, "k c h w"], variance: float, **names: Any
+    prediction: str, means: Float[Tensor, "k c h w"], variance: float, **names: Any
 ) -> GaussianBackbone:
     """A backbone for data x0 ~ N(means[label], variance*I), x0 = 2*image - 1; `class_names=` names the classes."""
     return GaussianBackbone(prediction, means, variance, **names)

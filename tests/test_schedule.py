@@ -36,6 +36,12 @@ def predicting(schedule, prediction):
     return dataclasses.replace(schedule, prediction=prediction)
 
 
+def theirs_of(name, *args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own deprecations
+        return getattr(diffusers, f"{name}Scheduler")(*args, **options)
+
+
 def randn(generator, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=dtype)
 
@@ -56,7 +62,7 @@ def target(kind, x0, eps, alpha, sigma, sigma_data, sign=1):
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("curve", [*CURVES, "sigmoid", "laplace"])
 def test_add_noise_equals_ddpm(curve, zero_snr, generator):
-    theirs = diffusers.DDPMScheduler(beta_schedule=curve, rescale_betas_zero_snr=zero_snr)
+    theirs = theirs_of("DDPM", beta_schedule=curve, rescale_betas_zero_snr=zero_snr)
     t = torch.tensor([0, 1, 37, 500, 998, 999])
     x0, eps = randn(generator, 2, 6, 3, 4, 4, dtype=torch.float32)
     ours = Schedule.from_diffusers(theirs).add_noise(x0, eps, t)
@@ -67,7 +73,7 @@ def test_add_noise_equals_ddpm(curve, zero_snr, generator):
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("curve", CURVES)
 def test_add_noise_equals_ddim(curve, zero_snr, generator):
-    theirs = diffusers.DDIMScheduler(250, 0.001, 0.03, curve, rescale_betas_zero_snr=zero_snr)
+    theirs = theirs_of("DDIM", 250, 0.001, 0.03, curve, rescale_betas_zero_snr=zero_snr)
     x0, eps = randn(generator, 2, 250, 5, dtype=torch.float32)
     t = torch.arange(250)
     ours = Schedule.from_diffusers(dict(theirs.config) | {"_class_name": "DDIMScheduler"}).add_noise(x0, eps, t)
@@ -75,7 +81,7 @@ def test_add_noise_equals_ddim(curve, zero_snr, generator):
 
 
 def test_add_noise_of_given_table_equals_ddim_to_rounding(generator):
-    theirs = diffusers.DDIMScheduler(trained_betas=[0.01, 0.3, 0.02, 0.5])
+    theirs = theirs_of("DDIM", trained_betas=[0.01, 0.3, 0.02, 0.5])
     x0, eps = randn(generator, 2, 4, 5, dtype=torch.float32)
     ours = Schedule.discrete(theirs.alphas_cumprod, "eps").add_noise(x0, eps, torch.arange(4))
     torch.testing.assert_close(ours, theirs.add_noise(x0, eps, torch.arange(4)), atol=1e-6, rtol=0)
@@ -83,7 +89,7 @@ def test_add_noise_of_given_table_equals_ddim_to_rounding(generator):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_add_noise_equals_flow_match_scale_noise(shift, generator):
-    theirs = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs = theirs_of("FlowMatchEulerDiscrete", shift=shift)
     t = theirs.timesteps[::97]  # scale_noise takes only timesteps of its table
     x0, eps = randn(generator, 2, len(t), 3, 4, dtype=torch.float32)
     ours = Schedule.from_diffusers(theirs)
@@ -93,7 +99,7 @@ def test_add_noise_equals_flow_match_scale_noise(shift, generator):
 
 
 def test_add_noise_and_preconditioning_equal_edm_euler(generator):
-    theirs = diffusers.EDMEulerScheduler(sigma_data=0.7)
+    theirs = theirs_of("EDMEuler", sigma_data=0.7)
     theirs.set_timesteps(8)
     x0, eps, prediction = randn(generator, 3, 8, 3, 4, dtype=torch.float32)
     sigma = theirs.sigmas[:8]
@@ -107,7 +113,7 @@ def test_add_noise_and_preconditioning_equal_edm_euler(generator):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_edm_denoised_equals_diffusers(prediction_type, generator):
-    theirs = diffusers.EDMDPMSolverMultistepScheduler(sigma_data=0.7, prediction_type=prediction_type)
+    theirs = theirs_of("EDMDPMSolverMultistep", sigma_data=0.7, prediction_type=prediction_type)
     x_t, prediction = randn(generator, 2, 3, 4)
     sigma = torch.tensor([0.01, 1.0, 50.0], dtype=torch.float64)
     ours = Schedule.from_diffusers(theirs).convert(prediction, x_t, sigma, to="x0")
@@ -128,27 +134,21 @@ BUILT = {
 }
 
 
-def build_theirs(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return getattr(diffusers, name)()
-        except (TypeError, ValueError, ImportError) as error:  # needs arguments or an optional package
-            return error
-
-
 @pytest.mark.parametrize("name", exported_schedulers())
 def test_every_diffusers_scheduler_is_matched_or_refused(name):
-    theirs = build_theirs(name)
     short = name.removesuffix("Scheduler")
-    config = {"_class_name": name} if isinstance(theirs, Exception) else theirs
+    try:
+        theirs = theirs_of(short)
+    except (TypeError, ValueError, ImportError):  # it needs arguments or a package that is not here
+        theirs = None
+    config = {"_class_name": name} if theirs is None else theirs
     if short not in BUILT:
         with pytest.raises(ValueError, match=f"no schedule for diffusers' {short} .*have.*DDPM, .*EDMEuler"):
             Schedule.from_diffusers(config)
         return
     ours = Schedule.from_diffusers(config)
     assert ours == Schedule.from_diffusers({"_class_name": name})  # the class's defaults are ours too
-    if ours.kind == "discrete" and not isinstance(theirs, Exception):
+    if ours.kind == "discrete" and theirs is not None:
         np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), atol=2e-6)
         assert ours.prediction == "eps"
     elif ours.kind == "edm":
@@ -162,7 +162,7 @@ def test_every_diffusers_scheduler_is_matched_or_refused(name):
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("name", ["CogVideoXDDIM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "TCD"])
 def test_zero_terminal_snr_of_other_classes(name, zero_snr):
-    theirs = getattr(diffusers, f"{name}Scheduler")(rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction")
+    theirs = theirs_of(name, rescale_betas_zero_snr=zero_snr, prediction_type="v_prediction")
     ours = Schedule.from_diffusers(theirs)
     # some put 2^-24 at the last step, where a model trained so has seen 0
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), atol=2e-6)
@@ -170,16 +170,14 @@ def test_zero_terminal_snr_of_other_classes(name, zero_snr):
 
 
 def test_heun_exp_betas():
-    theirs = diffusers.HeunDiscreteScheduler(beta_schedule="exp")
+    theirs = theirs_of("HeunDiscrete", beta_schedule="exp")
     ours = Schedule.from_diffusers(theirs)
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.numpy(), atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "SASolver"])
 def test_flow_through_a_beta_class(name):
-    flow = getattr(diffusers, f"{name}Scheduler")(
-        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
-    )
+    flow = theirs_of(name, use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     assert Schedule.from_diffusers(flow) == Schedule.flow(shift=3.0)
     eps = dict(flow.config) | {"prediction_type": "epsilon", "_class_name": f"{name}Scheduler"}
     assert Schedule.from_diffusers(eps) == Schedule.flow(shift=3.0, prediction="eps")
@@ -187,7 +185,7 @@ def test_flow_through_a_beta_class(name):
 
 def test_dynamic_shift_is_that_of_the_largest_resolution():
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "max_shift": 0.9}
-    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs = theirs_of("FlowMatchEulerDiscrete", use_dynamic_shifting=True, max_shift=0.9)
     theirs.set_timesteps(sigmas=[0.75, 0.5, 0.25], mu=0.9)
     ours = [Schedule.from_diffusers(config).time_at(u) for u in (0.75, 0.5, 0.25)]
     np.testing.assert_allclose(ours, theirs.timesteps.numpy(), atol=1e-3)
@@ -234,7 +232,7 @@ def test_gaussian_data_converts_to_the_same_x0_and_eps(name, t, generator):
 
 
 @pytest.mark.parametrize(("name", "t"), CASES)
-@pytest.mark.parametrize(("source", "to"), itertools.product(KINDS, KINDS))
+@pytest.mark.parametrize(("source", "to"), list(itertools.product(KINDS, KINDS)))
 def test_convert_equals_the_definitions(source, to, name, t, generator):
     schedule = predicting(SCHEDULES[name], source)
     x0, eps = randn(generator, 2, 3, 5)
@@ -316,8 +314,8 @@ def test_bad_conversions():
     schedule = SCHEDULES["linear"]
     with pytest.raises(ValueError, match="no prediction 'score'; have eps, v, x0, flow, edm"):
         schedule.convert(torch.ones(2, 3), torch.ones(2, 3), 5, to="score")
-    with pytest.raises(ValueError, match=r"prediction \(2, 6\) and x_t \(2, 3\)"):
-        schedule.convert(torch.ones(2, 6), torch.ones(2, 3), 5, to="x0")
+    with pytest.raises(ValueError, match="no prediction 'score'"):
+        Schedule.flow(prediction="score")
     with pytest.raises(ValueError, match=r"t of shape \(3,\) for x of shape \(2, 3\)"):
         schedule.add_noise(torch.ones(2, 3), torch.ones(2, 3), torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="no EDM input for kind 'discrete'"):

@@ -55,18 +55,15 @@ def test_decides_like_bayes(prediction):
     assert (found == truth).double().mean() >= 0.95
 
 
-@pytest.mark.parametrize("prediction", ["x0", "flow"])
-def test_the_right_temperature_gives_the_bayes_posterior(prediction):
-    images, _ = draw_images(12)
-    times = classifier(prediction, evaluations=64).times
-    calibrated = classifier(prediction, evaluations=64, temperature=exact_temperature(prediction, times))
-    truth = bayes_log_posterior(images, MEANS, VARIANCE)
-    distance = (calibrated.classify(images).probabilities - truth.exp()).abs().sum(1).mean() / 2
-    prior = [0.5, 0.2, 0.1, 0.1, 0.1]
-    assert distance < 0.05
-    weighted = classifier(prediction, evaluations=64, temperature=calibrated.temperature, prior=prior)
-    truth = bayes_log_posterior(images, MEANS, VARIANCE, prior)
-    assert (weighted.classify(images).probabilities - truth.exp()).abs().sum(1).mean() / 2 < 0.05
+@pytest.mark.parametrize("prior", [None, [0.5, 0.2, 0.1, 0.1, 0.1]])
+@pytest.mark.parametrize(("prediction", "tolerance"), [("x0", 0.02), ("flow", 0.08)])  # flow: noisier evidence
+def test_the_right_temperature_gives_the_bayes_posterior(prediction, tolerance, prior):
+    images, _ = draw_images(8)
+    temperature = exact_temperature(prediction, classifier(prediction, evaluations=64).times)
+    found = classifier(prediction, evaluations=64, temperature=temperature, prior=prior).classify(images)
+    truth = bayes_log_posterior(images, MEANS, VARIANCE, prior).exp()
+    total_variation = (found.probabilities - truth).abs().sum(1).mean() / 2
+    assert total_variation < tolerance
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repkit.capture import Point, capture
 from repkit.schedule import Schedule
+from repkit.taps import parse_blocks
 
 Cond = str | int | Sequence[str | int] | None
 
@@ -77,7 +78,7 @@ class Backbone(ABC):
     @cached_property
     @abstractmethod
     def points(self) -> Mapping[str, Point]:
-        """Where each named block is taken, in the order of the forward."""
+        """Where each named block is taken, stage by stage."""
 
     def denoise(self, x_t: Float[Tensor, "b c h w"], t: Tensor | float, condition: Condition) -> Tensor:
         """The network's prediction, in the schedule's kind, float32; a learned-variance half is dropped."""
@@ -95,9 +96,12 @@ class Backbone(ABC):
         return {block: self.fold(point, raw[point], x_t) for block, point in points.items()}
 
     def point(self, block: str) -> Point:
-        """The point of a block name or of a module path written `/a.b`."""
+        """The point of a block name or of a module path written `/a.b`; ValueError for a name that is not known."""
         if block.startswith("/"):
             return Point(block[1:])
+        if block not in self.points:
+            parse_blocks(block, list(self.points), model=self.name)  # says what there is
+            raise ValueError(f"{block!r} is not one block; give the names without wildcards or commas")
         return self.points[block]
 
     def fold(self, point: Point, raw: Any, x_t: Float[Tensor, "b _c _h _w"]) -> Float[Tensor, "b c h w"]:
@@ -151,7 +155,7 @@ class Backbone(ABC):
         """The shape (c, h, w) of each block's map for images of height x width."""
         self.check_size(height, width)
         with self._shapes_only(height, width) as (x_t, condition):
-            maps = self.activations(x_t, 0, condition, blocks)
+            maps = self.activations(x_t, self.clean_t, condition, blocks)
             return {block: (found.shape[1], found.shape[2], found.shape[3]) for block, found in maps.items()}
 
     @cached_property
@@ -162,7 +166,7 @@ class Backbone(ABC):
             capture(
                 self.model,
                 list(self.points.values()),
-                lambda model: self.predict(model, x_t, self._times(0, x_t), condition),
+                lambda model: self.predict(model, x_t, self._times(self.clean_t, x_t), condition),
                 stop=False,
                 taken_at=lambda point: spent.setdefault(point, counter.get_total_flops()),
             )
@@ -190,16 +194,19 @@ class Backbone(ABC):
 
     @cached_property
     def weights_hash(self) -> str:
-        """sha256 over the names, dtypes, shapes and bytes of all weights in `networks`."""
+        """sha256 over the config and all weights of `networks`: names, dtypes, shapes and bytes."""
         return hash_weights(self.networks)
 
 
 def hash_weights(networks: Mapping[str, nn.Module]) -> str:
-    """sha256 (hex) over the names, dtypes, shapes and bytes of the networks' parameters and buffers."""
+    """sha256 (hex) over the networks' configs and their parameters and buffers: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for network, module in sorted(networks.items()):
+        # Heads and groups leave no trace in the weights. Private entries say where a network was loaded from.
+        config = {key: str(value) for key, value in getattr(module, "config", {}).items() if not key.startswith("_")}
+        digest.update(f"{network}:{sorted(config.items())}:".encode())
         for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{network}.{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(flat.view(torch.uint8).numpy().data)  # bytes, whatever the dtype
     return digest.hexdigest()

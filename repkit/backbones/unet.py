@@ -23,9 +23,12 @@ class UNet(Backbone):
     ) -> None:
         config = model.config
         self.name, self.model, self.schedule = name, model, schedule
+        if config.sample_size is None:
+            raise ValueError(f"the config of {name} has no sample_size; give it the side of its training images")
         self.size = config.sample_size if isinstance(config.sample_size, int) else min(config.sample_size)
         self.multiple = 2 ** sum(stage.downsamplers is not None for stage in model.down_blocks)
         self.class_names = class_names
+        self.clean_t = schedule.sigma_min if schedule.kind == "edm" else 0
         self._labels = config.num_class_embeds or 0
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c H W"]:
@@ -42,6 +45,9 @@ class UNet(Backbone):
         return Condition({"class_labels": labels.to(self.device)})
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        if self.schedule.kind == "edm":  # c_in and c_noise of Karras et al. 2022, without checks: t may have no values
+            x_t = x_t / (t**2 + self.schedule.sigma_data**2).sqrt().to(x_t.dtype)[:, None, None, None]
+            t = t.log() / 4
         prediction = model(x_t, t, return_dict=False, **condition.tensors)[0]
         return prediction[:, : x_t.shape[1]]
 

@@ -62,7 +62,7 @@ def _skip_paths(path: str, stage: nn.Module) -> list[str]:
     attentions = _listed(stage, "attentions")
     last = "attentions" if attentions else "resnets"
     paths = [f"{path}.{last}.{index}" for index, _ in enumerate(_listed(stage, "resnets"))]
-    return paths + [f"{path}.downsamplers.{index}" for index, _ in enumerate(_listed(stage, "downsamplers"))]
+    return paths + [path] * bool(_listed(stage, "downsamplers"))  # the stage's own output, down and all
 
 
 def _listed(module: nn.Module, name: str) -> list[nn.Module]:
