@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-
 app = typer.Typer(
     name="repkit",
     help="Diffusion models as feature backbones: address an activation, export it, probe it, search with it.",
@@ -168,19 +167,14 @@ def extract(
         revision=revision,
         offline=offline,
     )
-    planned = {
-        "images": len(listing),
-        "taps": {key: list(shape) for key, shape in extractor.shapes.items()},
-        "bytes": estimate_bytes(len(listing), extractor, pool, dtype.value),
-        "out": str(out),
-    }
-    _say(f"{planned['images']} images, {len(extractor.blocks)} taps, about {_bytes(planned['bytes'])} in {out}")
+    need = estimate_bytes(len(listing), extractor, pool, dtype.value)
+    _say(f"{len(listing)} images, {len(extractor.blocks)} taps, about {_bytes(need)} in {out}")
     if dry_run:
+        shapes = {key: list(shape) for key, shape in extractor.shapes.items()}
         if as_json:
-            _print_json(planned)
+            _print_json({"images": len(listing), "taps": shapes, "bytes": need, "out": str(out)})
         else:
-            for key, shape in extractor.shapes.items():
-                print(f"{key:32} {'x'.join(map(str, shape))}")
+            print("\n".join(f"{key:32} {'x'.join(map(str, shape))}" for key, shape in shapes.items()))
         return
     with Progress("extract") as progress:
         store = export(
@@ -307,7 +301,9 @@ def search(
     from repkit.tasks.building import rebuild_extractor
 
     loaded = Index.load(index)
-    extractor = rebuild_extractor(loaded.identity, loaded.provenance, model=model, device=device)
+    if loaded.identity is None:
+        raise ValueError(f"{index} was built from an array, so no extractor can make queries for it; search in Python")
+    extractor = rebuild_extractor(loaded.identity, loaded.provenance or {}, model=model, device=device)
     hits = loaded.search(extractor([image]), k)
     labels = loaded.items["label"].to_pylist()
     found = [

@@ -90,11 +90,14 @@ def make_conditions(table: pa.Table, cond: str | None) -> list[str] | None:
 
 
 def check_conditions(extractor: Extractor, conds: list[str] | None) -> None:
-    """Raise ValueError, before the run, for a condition that the extractor's backbone does not know."""
-    backbone = getattr(extractor, "backbone", None)
-    if conds is None or backbone is None:
+    """Raise ValueError, before the run, for a condition that the extractor does not know or cannot take."""
+    if conds is None:
         return
     distinct = list(dict.fromkeys(conds))
+    backbone = getattr(extractor, "backbone", None)
+    if backbone is None:
+        extractor(torch.zeros(1, 3, *extractor.resize.shape), distinct[:1], check=False)
+        return
     # Without names it takes any text or none: one answers for all, and encoding every prompt here could take long.
     for one in distinct if backbone.class_names else distinct[:1]:
         backbone.condition(one, 1)
@@ -118,7 +121,7 @@ def provenance(extractor: Extractor, batch_size: int) -> Manifest:
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
-        "load": _json(getattr(extractor, "provenance", {})),
+        **_json(getattr(extractor, "provenance", {})),
     }
 
 

@@ -84,7 +84,7 @@ def load(
     if not isinstance(model, str | Path):
         return _build(_take_apart(model, latent))
     folder = find(str(model), revision=revision, offline=offline)
-    parts = _read(folder, Path(model).name if folder == Path(model) else str(model), dtype, latent)
+    parts = _read(folder, folder.resolve().name if folder == Path(model) else str(model), dtype, latent)
     for component, network in parts.networks.items():
         network.requires_grad_(False).eval().to(device)
         if component == "vae" and vae_dtype is not None:
@@ -96,7 +96,7 @@ def load(
 
 def bundled() -> list[str]:
     """The names of the models that ship with the package."""
-    return sorted(folder.name for folder in MODELS.iterdir() if (folder / "model_index.json").is_file())
+    return sorted(index.parent.name for index in MODELS.glob("*/model_index.json"))
 
 
 def describe(name: str) -> dict[str, Any]:

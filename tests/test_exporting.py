@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from repkit import exporting
+from repkit.dino import DinoExtractor
 from repkit.exporting import estimate_bytes, export
 from repkit.extractors import DiffusionExtractor
 from repkit.features import Features
@@ -387,6 +389,16 @@ def test_bad_settings_write_nothing(options, message, images, extractor, tmp_pat
         export(images, extractor, tmp_path / "out", **options)
     assert message in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_extractor_that_takes_no_condition(images, tmp_path):
+    network = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=12, num_heads=2, img_size=32).eval()
+    extractor = DinoExtractor(network, "norm,cls")
+    with pytest.raises(ValueError, match="takes no condition"):
+        export(images, extractor, tmp_path / "out", cond="a photo")
+    assert not (tmp_path / "out").exists()
+    store = export(images, extractor, tmp_path / "out", pool="2x2")
+    assert {key: store.array(key).shape for key in store.keys} == {"norm": (11, 48), "cls": (11, 48)}
 
 
 @pytest.fixture(scope="module")
