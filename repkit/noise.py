@@ -13,7 +13,7 @@ NOISE_VERSION = 1
 SHARED = b"shared"  # stands in for the digest where every image is to get the same noise
 
 
-def noise_like(shape: Sequence[int], *, seed: int, digest: bytes, t: float, draw: int) -> Float[Tensor, "..."]:
+def noise_like(shape: Sequence[int], *, seed: int, digest: bytes, t: float | int, draw: int) -> Float[Tensor, "..."]:
     """Standard normal noise of one image, float32 on the CPU: a function of (seed, digest, t, draw) and nothing else.
 
     The four make the key of a counter-based generator (numpy's Philox), so no state passes from one image to the next.
@@ -25,7 +25,7 @@ def noise_like(shape: Sequence[int], *, seed: int, digest: bytes, t: float, draw
 
 
 def batch_noise(
-    shape: Sequence[int], *, seed: int, digests: Sequence[bytes], t: float, draw: int
+    shape: Sequence[int], *, seed: int, digests: Sequence[bytes], t: float | int, draw: int
 ) -> Float[Tensor, "b ..."]:
     """The noise of each image of a batch, stacked; equal digests are drawn once."""
     drawn = {digest: noise_like(shape, seed=seed, digest=digest, t=t, draw=draw) for digest in dict.fromkeys(digests)}

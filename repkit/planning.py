@@ -121,7 +121,7 @@ def provenance(extractor: Extractor, batch_size: int) -> Manifest:
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "batch_size": batch_size,
-        **_json(getattr(extractor, "provenance", {})),
+        **_json(extractor.provenance),
     }
 
 

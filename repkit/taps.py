@@ -18,7 +18,7 @@ class Time:
     """
 
     kind: TimeKind
-    value: float | None = None
+    value: float | int | None = None
 
     def __str__(self) -> str:
         number = None if self.value is None else repr(float(self.value)).removesuffix(".0")

@@ -20,7 +20,7 @@ from PIL import Image
 from repkit import exporting
 from repkit.dino import DinoExtractor
 from repkit.exporting import estimate_bytes, export
-from repkit.extractors import DiffusionExtractor
+from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import Features
 from repkit.images import Resize
 from repkit.listing import list_images
@@ -266,13 +266,20 @@ def test_every_image_fails(extractor, tmp_path):
     store.verify()
 
 
-class Spoiled:
+class Spoiled(Extractor):
     """The extractor with the values of one image of a batch made too large."""
 
     def __init__(self, extractor, index, factor):
         self.extractor, self.index, self.factor = extractor, index, factor
-        self.resize, self.blocks, self.shapes = extractor.resize, extractor.blocks, extractor.shapes
-        self.identity = {**extractor.identity, "factor": factor}
+        self.resize, self.blocks, self.provenance = extractor.resize, extractor.blocks, {}
+
+    @property
+    def shapes(self):
+        return self.extractor.shapes
+
+    @property
+    def identity(self):
+        return {**self.extractor.identity, "factor": self.factor}
 
     def __call__(self, images, cond=None, *, grad=False, check=True):
         features = self.extractor(images, cond, grad=grad, check=check)

@@ -21,10 +21,10 @@ from repkit.backbones.dit import DiT
 from repkit.backbones.unet import UNet
 from repkit.backbones.unet_points import unet_points
 from repkit.capture import Point
-from repkit.schedule import Prediction, Schedule
+from repkit.schedule import Schedule
 
 
-def randomise[Network: nn.Module](model: Network, seed: int = 0) -> Network:
+def randomise(model: Any, seed: int = 0) -> Any:
     """Draw every parameter, since weights that start at zero would hide mistakes; frozen, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -77,7 +77,7 @@ def vae_model(seed: int = 1) -> AutoencoderKL:
     )
 
 
-def linear(prediction: Prediction = "eps") -> Schedule:
+def linear(prediction: Any = "eps") -> Schedule:
     return Schedule.from_betas("linear", prediction)
 
 
@@ -100,7 +100,7 @@ def skip_unet() -> UNet:
         "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
         "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
     }
-    return unet(block_out_channels=(8, 32), norm_num_groups=8, **types)
+    return unet(block_out_channels=(32, 32), norm_num_groups=8, **types)
 
 
 def resnet_unet() -> UNet:
@@ -114,7 +114,7 @@ def resnet_unet() -> UNet:
 
 
 def edm_unet() -> UNet:
-    return UNet(unet_model(time_embedding_type="fourier"), Schedule.edm())
+    return UNet(unet_model(), Schedule.edm())
 
 
 def dit() -> DiT:
@@ -188,12 +188,9 @@ class Flux(Joint):
         packed = rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         ids = torch.stack([torch.zeros(h * w), rows.flatten(), columns.flatten()], 1)
-        out = super().predict(model, packed, t / 1000, Condition({**condition.tensors, "img_ids": ids}))
+        told = {**condition.tensors, "img_ids": ids, "txt_ids": torch.zeros(self.widths["encoder_hidden_states"][0], 3)}
+        out = super().predict(model, packed, t / 1000, Condition(told))
         return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
-
-    def condition(self, cond: Cond, batch: int) -> Condition:
-        told = super().condition(cond, batch).tensors
-        return Condition({**told, "txt_ids": torch.zeros(told["encoder_hidden_states"].shape[1], 3)})
 
     @cached_property
     def points(self) -> Mapping[str, Point]:

@@ -56,7 +56,7 @@ class Backbone(ABC):
     multiple: int
     square: bool = False
     class_names: Sequence[str] | None = None
-    clean_t: float = 0
+    clean_t: float | int = 0
     options: Mapping[str, str] = {}  # what else decides the values, for the identity: how latents are taken, ...
     provenance: Mapping[str, str | None] = {}  # what `load` was given, from which it can be loaded again
 
@@ -80,12 +80,12 @@ class Backbone(ABC):
     def points(self) -> Mapping[str, Point]:
         """Where each named block is taken, stage by stage."""
 
-    def denoise(self, x_t: Float[Tensor, "b c h w"], t: Tensor | float, condition: Condition) -> Tensor:
+    def denoise(self, x_t: Float[Tensor, "b c h w"], t: Tensor | float | int, condition: Condition) -> Tensor:
         """The network's prediction, in the schedule's kind, float32; a learned-variance half is dropped."""
         return self.predict(self.model, x_t.to(self.dtype), self._times(t, x_t), condition).float()
 
     def activations(
-        self, x_t: Float[Tensor, "b c h w"], t: Tensor | float, condition: Condition, blocks: Sequence[str]
+        self, x_t: Float[Tensor, "b c h w"], t: Tensor | float | int, condition: Condition, blocks: Sequence[str]
     ) -> dict[str, Float[Tensor, "b _c _h _w"]]:
         """The maps of `blocks` (names, or module paths written `/a.b`) from one forward that ends at the last one."""
         points = {block: self.point(block) for block in blocks}
@@ -128,7 +128,7 @@ class Backbone(ABC):
                 f"{self.name} takes sides that are multiples of {self.multiple}, not {height}x{width}; nearest: {near}"
             )
 
-    def _times(self, t: Tensor | float, x_t: Tensor) -> Tensor:
+    def _times(self, t: Tensor | float | int, x_t: Tensor) -> Tensor:
         """t as [b]; training timesteps are integers, since some networks look them up in a table."""
         times = torch.as_tensor(t, device=x_t.device)
         return (times.long() if self.schedule.kind == "discrete" else times.float()).expand(len(x_t))

@@ -65,5 +65,5 @@ def _skip_paths(path: str, stage: nn.Module) -> list[str]:
     return paths + [path] * bool(_listed(stage, "downsamplers"))  # the stage's own output, down and all
 
 
-def _listed(module: nn.Module, name: str) -> list[nn.Module]:
+def _listed(module: nn.Module, name: str) -> list[nn.Module | None]:
     return list(getattr(module, name, None) or [])

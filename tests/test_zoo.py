@@ -1,0 +1,201 @@
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from diffusers import (
+    DanceDiffusionPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    IPNDMScheduler,
+    UNet1DModel,
+)
+
+from repkit import zoo
+from repkit.extractors import DiffusionExtractor
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def ddpm(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "ddpm"
+    DDPMPipeline(tiny.unet_model(), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "dit"
+    DiTPipeline(tiny.dit_model(), tiny.vae_model(), DDIMScheduler()).save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "cat", "2": "owl", "1": "dog"}  # where the published DiT models keep it
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture
+def broken(ddpm, tmp_path):
+    """A copy of the model, to break."""
+    return shutil.copytree(ddpm, tmp_path / "broken")
+
+
+def features(backbone, tap, cond=None):
+    images = tiny.images(2, backbone.size, backbone.size)
+    return next(iter(DiffusionExtractor(backbone, tap, cond=cond)(images).values()))
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_folder_gives_the_features_of_the_modules_in_memory(ddpm, as_text):
+    backbone = zoo.load(str(ddpm) if as_text else ddpm)
+    assert torch.equal(features(backbone, "up.0@261"), features(tiny.unet(), "up.0@261"))
+    assert backbone.name == "ddpm" and backbone.class_names is None
+    assert backbone.provenance == {"model": str(ddpm), "revision": None}
+    assert backbone.weights_hash == tiny.unet().weights_hash
+
+
+def test_a_folder_with_autoencoder_and_class_names(dit):
+    backbone = zoo.load(dit)
+    assert backbone.class_names == tiny.NAMES and (backbone.size, backbone.multiple) == (8, 4)
+    for cond in (None, "owl"):
+        assert torch.equal(features(backbone, "block.1@261", cond), features(tiny.dit(), "block.1@261", cond))
+
+
+def test_what_was_loaded_is_frozen_and_in_the_dtypes_asked_for(dit):
+    backbone = zoo.load(dit, dtype=torch.bfloat16, vae_dtype=torch.float32)
+    parameters = [(name, p) for name, network in backbone.networks.items() for p in network.parameters()]
+    assert {(name, p.dtype) for name, p in parameters} == {("denoiser", torch.bfloat16), ("vae", torch.float32)}
+    assert not any(p.requires_grad for _, p in parameters)
+    assert not any(module.training for network in backbone.networks.values() for module in network.modules())
+    assert features(backbone, "block.1@261").isfinite().all()
+
+
+def test_a_pipeline_is_used_as_it_is():
+    pipeline = DiTPipeline(tiny.dit_model(), tiny.vae_model(), DDIMScheduler())
+    backbone = zoo.load(pipeline, latent="mode")
+    assert backbone.model is pipeline.transformer and backbone.vae is pipeline.vae
+    assert torch.equal(features(backbone, "block.1@261", 2), features(tiny.dit(), "block.1@261", 2))
+
+
+def test_a_pipeline_in_training_mode_is_refused():
+    pipeline = DDPMPipeline(tiny.unet_model(), DDPMScheduler())
+    pipeline.unet.train()
+    with pytest.raises(ValueError, match=r"unet in training mode; call .eval\(\)"):
+        zoo.load(pipeline)
+
+
+def test_the_prediction_comes_from_the_scheduler(broken):
+    DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear").save_pretrained(broken / "scheduler")
+    assert zoo.load(broken).schedule.prediction == "v"
+
+
+def refusal(model, kind, **options):
+    """The message of a refused load, which is one line and comes at once."""
+    start = time.monotonic()
+    with pytest.raises(kind) as refused:
+        zoo.load(model, **options)
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "mini-unett", "a/b/c"])
+def test_a_missing_folder(model):
+    message = refusal(model, OSError)
+    assert repr(model) in message and "bundled models" in message and "diffusers folder" in message
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_id_without_network(offline):
+    message = refusal("no-such-owner/no-such-model", OSError, offline=offline)
+    assert "cannot get 'no-such-owner/no-such-model' from the hub" in message and "give its folder" in message
+
+
+def test_an_unknown_family_in_a_folder(tmp_path):
+    unet = UNet1DModel(sample_size=64, block_out_channels=(8, 8), down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
+                       up_block_types=("UpBlock1D", "UpBlock1DNoSkip"), extra_in_channels=16)  # fmt: skip
+    pipeline = DanceDiffusionPipeline(unet.eval(), IPNDMScheduler())
+    pipeline.save_pretrained(tmp_path)
+    assert "has UNet1DModel for a denoiser; have UNet2DModel, DiTTransformer2DModel" in refusal(tmp_path, ValueError)
+    refusal(pipeline, ValueError)
+
+
+def test_a_pipeline_without_denoiser(broken):
+    (broken / "model_index.json").write_text('{"_class_name": "X", "unet": [null, null]}')
+    assert "no unet or transformer for a denoiser" in refusal(broken, ValueError)
+
+
+def test_what_is_no_pipeline():
+    with pytest.raises(TypeError):
+        zoo.load(tiny.unet_model())
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    message = refusal(tmp_path, OSError)
+    assert "no model_index.json in" in message and "save_pretrained" in message
+
+
+def test_a_missing_scheduler(broken):
+    shutil.rmtree(broken / "scheduler")
+    assert "no scheduler_config.json in" in refusal(broken, OSError)
+
+
+def test_an_index_that_is_no_json(broken):
+    (broken / "model_index.json").write_text("{")
+    assert "is no JSON" in refusal(broken, OSError)
+
+
+def test_pickled_weights_are_refused(broken):
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save(tiny.unet_model().state_dict(), weights.with_suffix(".bin"))
+    message = refusal(broken, OSError)
+    assert "cannot read UNet2DModel from" in message and "safetensors" in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_weights(broken, keep):
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert "cannot read UNet2DModel from" in refusal(broken, OSError)
+
+
+def test_weights_that_lack_a_tensor(broken):
+    from safetensors.torch import load_file, save_file
+
+    weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_out.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    refusal(broken, OSError)
+
+
+def test_an_unknown_latent(ddpm):
+    with pytest.raises((ValueError, TypeError)):
+        zoo.load(ddpm, latent="mean")
+
+
+def test_bundled_models_are_found_by_name(ddpm, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "MODELS", tmp_path)
+    shutil.copytree(ddpm, tmp_path / "toy")
+    (tmp_path / "unfinished").mkdir()
+    assert zoo.bundled() == ["toy"]
+    assert zoo.load("toy").name == "toy"
+
+
+def test_no_bundled_models(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "MODELS", tmp_path / "nothing")
+    assert zoo.bundled() == []
+
+
+@pytest.mark.parametrize("name", zoo.bundled())
+def test_bundled_models_run_and_are_described(name):
+    backbone = zoo.load(name)
+    images = torch.zeros(1, 3, backbone.size, backbone.size)
+    block = list(backbone.points)[-1]
+    assert DiffusionExtractor(backbone, f"{block}@100")(images)[f"{block}@100"].isfinite().all()
+    told = zoo.describe(name)
+    assert (told["size"], told["prediction"]) == (backbone.size, backbone.schedule.prediction)
+    assert told["classes"] == len(backbone.class_names or [])
