@@ -4,22 +4,29 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from repkit.tasks.probe import ProbeReport
 
 app = typer.Typer(
     name="repkit",
     help="Diffusion models as feature backbones: address an activation, export it, probe it, search with it.",
-    no_args_is_help=True,
+    epilog="REPKIT_TRACEBACK=1 in the environment shows where in the code an error came from.",
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help answers in half the time
     add_completion=False,
 )
 
 OK, USAGE, SOME_FAILED, NONE_SUCCEEDED, CANNOT_WRITE, INTERRUPTED = 0, 2, 3, 4, 5, 130
-_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG}
+_IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG} | _IN_THE_WAY
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # newer typers hold a click of their own
 
 
 class Policy(StrEnum):
@@ -54,11 +61,19 @@ class HeadName(StrEnum):
     knn = "knn"
 
 
+class Metric(StrEnum):
+    """How vectors are compared."""
+
+    cosine = "cosine"
+    ip = "ip"
+    l2 = "l2"
+
+
 Images = Annotated[Path, typer.Argument(help="a folder, an image, or a .csv or .parquet list with a path column")]
 Store = Annotated[Path, typer.Argument(help="a folder that repkit extract wrote")]
 Model = Annotated[str, typer.Option("--model", "-m", help="bundled name, diffusers folder, hub id, or timm:NAME")]
 Taps = Annotated[list[str] | None, typer.Option("--taps", "-t", help="BLOCKS@TIMES, e.g. 'mid,up.*@10,50'; repeatable")]
-Size = Annotated[int | None, typer.Option(help="side in pixels; default: the model's own")]
+Size = Annotated[int | None, typer.Option(min=1, help="side in pixels; default: the model's own")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Seed = Annotated[int, typer.Option(help="seed of the noise")]
@@ -69,7 +84,12 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
     """Set up logging; runs before every command."""
     import logging
 
-    logging.basicConfig(level=logging.WARNING, format="repkit: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("repkit: %(message)s"))
+    logging.getLogger("repkit").handlers = [handler]
+    # Read when these are imported: what fails is told once, by us.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if version:
         import repkit
 
@@ -84,13 +104,13 @@ def models(as_json: Json = False) -> None:
 
     found = [describe(name) for name in bundled()]
     if as_json:
-        _print_json(found)
+        _print_json({"models": found})
         return
     for model in found:
         classes = f", {model['classes']} classes" if model["classes"] else ""
         print(f"{model['name']:12} {model['class']}, {model['prediction']}-prediction, {model['size']} px{classes}")
         print(f"{'':12} {model['card']}")
-    print("or a diffusers folder, a hub id (owner/name), timm:NAME for a vision transformer")
+    print("\nbesides these: a diffusers folder, a hub id (owner/name), timm:NAME or timm:FOLDER (vision transformers)")
 
 
 @app.command()
@@ -99,9 +119,14 @@ def blocks(
     everything: Annotated[bool, typer.Option("--all", help="also what lies inside the blocks")] = False,
     as_json: Json = False,
 ) -> None:
-    """List a model's blocks: channels, stride in image pixels, share of the FLOPs when the forward stops there."""
+    """List a model's blocks, which taps are made of.
+
+    With their channels, their stride in image pixels, and the share of the FLOPs when the forward stops there.
+    """
     from repkit.zoo import load
 
+    if model.startswith("timm:"):
+        raise ValueError(f"{model} has the taps block.0, block.1, ... (also .norm, .q, .k, .v of each), norm and cls")
     backbone = load(model)
     names = [name for name in backbone.blocks if everything or name.count(".") < 2 and not name.startswith("skip")]
     rows = [
@@ -116,9 +141,11 @@ def blocks(
     if as_json:
         _print_json({"model": backbone.name, "size": backbone.size, "blocks": rows})
         return
-    print(f"{'block':32} {'channels':>8} {'stride':>6} {'FLOPs at exit':>13}")
+    width = max(len(name) for name in ["block", *names])
+    print(f"{backbone.name}, {backbone.size} px; a tap is BLOCK@TIME, for example {names[len(names) // 2]}@100\n")
+    print(f"{'block':{width}}  channels  stride  FLOPs at exit")
     for row in rows:
-        print(f"{row['block']:32} {row['channels']:8} {row['stride']:6} {row['flops']:13.1%}")
+        print(f"{row['block']:{width}}  {row['channels']:8}  {row['stride']:6}  {row['flops']:13.1%}")
 
 
 @app.command()
@@ -141,19 +168,25 @@ def extract(
     device: Device = "cpu",
     precision: Annotated[Precision, typer.Option(help="of the computation")] = Precision.float32,
     revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
-    offline: Annotated[bool, typer.Option(help="never ask the network")] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="never ask the network")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
     as_json: Json = False,
 ) -> None:
-    """Export features of images to a store; kill it at any time, the same command goes on."""
+    """Export features of images to a store.
+
+    Kill it at any time: the same command goes on where it stopped.
+    """
     from repkit.exporting import estimate_bytes, export
     from repkit.images import Resize
     from repkit.listing import list_images
+    from repkit.planning import check_conditions, make_conditions
     from repkit.progress import Progress
     from repkit.tasks.building import build_extractor
 
     if size is None and resize is not Policy.crop:
         raise ValueError(f"--resize {resize.value} needs --size; without a size, images are cropped to the model's own")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for timm, which has no such argument
     listing = list_images(images)
     extractor = build_extractor(
         model,
@@ -167,14 +200,16 @@ def extract(
         revision=revision,
         offline=offline,
     )
+    check_conditions(extractor, make_conditions(listing, prompt))
     need = estimate_bytes(len(listing), extractor, pool, dtype.value)
-    _say(f"{len(listing)} images, {len(extractor.blocks)} taps, about {_bytes(need)} in {out}")
+    taps_of = f"{len(extractor.blocks)} tap{'s' * (len(extractor.blocks) > 1)} of {model}"
+    _say(f"{len(listing)} images, {taps_of}, about {_bytes(need)} in {out}")
     if dry_run:
         shapes = {key: list(shape) for key, shape in extractor.shapes.items()}
         if as_json:
             _print_json({"images": len(listing), "taps": shapes, "bytes": need, "out": str(out)})
         else:
-            print("\n".join(f"{key:32} {'x'.join(map(str, shape))}" for key, shape in shapes.items()))
+            print("\n".join(f"{key:32} {' x '.join(map(str, shape))}" for key, shape in shapes.items()))
         return
     with Progress("extract") as progress:
         store = export(
@@ -193,9 +228,9 @@ def extract(
     if store.timing is not None:
         _say(store.timing.sentence)
     if failed:
-        _say(f"{failed} of {len(listing)} images failed; see {out / 'failures.parquet'}")
+        _say(f"{failed} of {len(store) + failed} images failed, all in {out / 'failures.parquet'}; the first:")
         for row in store.failures.slice(0, 3).to_pylist():
-            _say(f"  {row['error']}")
+            _say(f"  {row['path']}: {row['error']}")
     if as_json:
         _print_json({"images": len(store), "failed": failed, "keys": list(store.keys), "out": str(out)})
     else:
@@ -213,7 +248,10 @@ def probe(
     picture: Annotated[Path | None, typer.Option(help="confusion matrix; default: STORE-confusion.png")] = None,
     as_json: Json = False,
 ) -> None:
-    """Fit a probe on stored features: validation data chooses tap and hyper-parameter, test data is used once."""
+    """Fit a probe on the stored features of labelled images.
+
+    Validation data chooses the tap and the hyper-parameter; test data is used once, to report.
+    """
     from repkit.progress import Progress
     from repkit.store import FeatureStore
     from repkit.tasks.pictures import confusion_picture, save
@@ -221,24 +259,14 @@ def probe(
 
     with Progress("probe", unit="taps") as progress:
         report = probe_store(FeatureStore(store), head=head.value, keys=key, seed=seed, progress=progress)
-    low, high = report.interval
     title = f"{report.key}, {report.head}: {report.test:.1%}"
     path = picture or store.parent / f"{store.resolve().name}-confusion.png"
     save(confusion_picture(report.confusion, report.classes, title), path)
     if as_json:
         _print_json(report.to_json() | {"picture": str(path)})
         return
-    splits = report.splits
-    print(f"split: {len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test")
-    print(f"       {splits.source}")
-    for name, value in sorted(report.validation.items(), key=lambda item: -item[1]):
-        print(f"{name:32} {value:7.2%} on validation{'   <- chosen' if name == report.key else ''}")
-    print(f"{report.head}, {report.chosen.name} = {report.chosen.value:g} (chosen by {report.chosen.by})")
-    print(f"test accuracy {report.test:.2%}, 95 % interval {low:.2%} to {high:.2%}")
-    for score in report.per_class:
-        share = "no test images" if score.accuracy is None else f"{score.accuracy:7.2%} of {score.n}"
-        print(f"  {report.classes[score.label]:30} {share}")
-    print(f"confusion matrix: {path}")
+    _print_report(report)
+    print(f"\nconfusion matrix: {path}")
 
 
 @app.command()
@@ -248,12 +276,15 @@ def visualize(
     out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write")] = Path("features.png"),
     taps: Taps = None,
     size: Size = None,
-    side: Annotated[int, typer.Option(help="pixels a picture in the mosaic")] = 128,
-    most: Annotated[int, typer.Option(help="images at the most")] = 8,
+    side: Annotated[int, typer.Option(min=1, help="pixels a picture in the mosaic")] = 128,
+    most: Annotated[int, typer.Option(min=1, help="images at the most")] = 8,
     seed: Seed = 0,
     device: Device = "cpu",
 ) -> None:
-    """Show features as colours: the first three principal components, one basis for all images."""
+    """Show feature maps as colours.
+
+    The first three principal components as red, green and blue, in one basis for all images.
+    """
     from repkit.images import Resize
     from repkit.listing import list_images
     from repkit.tasks.building import build_extractor
@@ -263,7 +294,7 @@ def visualize(
     extractor = build_extractor(model, taps or [], resize=Resize(size) if size else None, seed=seed, device=device)
     picture, keys = draw(paths, extractor, side=side)
     out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out)
+    picture.save(out, "PNG")
     _say(f"rows: images, {', '.join(keys)}")
     print(out)
 
@@ -273,16 +304,23 @@ def index(
     store: Store,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the index")],
     key: Annotated[str | None, typer.Option(help="which tap, where the store has several")] = None,
-    metric: Annotated[str, typer.Option(help="cosine, ip or l2")] = "cosine",
+    metric: Annotated[Metric, typer.Option(help="how vectors are compared")] = Metric.cosine,
+    as_json: Json = False,
 ) -> None:
     """Build a search index from stored features."""
     from repkit.retrieval import Index
     from repkit.store import FeatureStore
 
-    built = Index.build(FeatureStore(store), key, metric=metric)
+    source = FeatureStore(store)
+    if key is None and len(source.keys) > 1:
+        raise ValueError(f"{store} has {len(source.keys)} taps; choose one with --key: {', '.join(source.keys)}")
+    built = Index.build(source, key, metric=metric.value)
     built.save(out)
-    _say(f"{len(built)} vectors")
-    print(out)
+    _say(f"{len(built)} vectors of {built.dimension} numbers, {built.key}")
+    if as_json:
+        _print_json({"vectors": len(built), "dimension": built.dimension, "key": built.key, "out": str(out)})
+    else:
+        print(out)
 
 
 @app.command()
@@ -300,6 +338,8 @@ def search(
     from repkit.retrieval import Index
     from repkit.tasks.building import rebuild_extractor
 
+    if not image.is_file():
+        raise ValueError(f"no image {image}; give the file to find the like of")
     loaded = Index.load(index)
     if loaded.identity is None:
         raise ValueError(f"{index} was built from an array, so no extractor can make queries for it; search in Python")
@@ -311,7 +351,7 @@ def search(
         for name, score, row in zip(hits.ids[0], hits.scores[0], hits.rows[0], strict=True)
     ]
     if as_json:
-        _print_json(found)
+        _print_json({"image": str(image), "hits": found})
         return
     for hit in found:
         print(f"{hit['score']:8.4f}  {hit['id']}  {hit['label'] or ''}".rstrip())
@@ -321,7 +361,10 @@ def search(
 def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to write")] = Path("demo"),
 ) -> None:
-    """Run the whole tour on the bundled model and images; writes OUT/index.html."""
+    """Run the whole tour and write OUT/index.html.
+
+    On the bundled models and images; features that are there from an earlier run are kept.
+    """
     from repkit.tasks.demo import run_demo
 
     print(run_demo(out))
@@ -329,7 +372,7 @@ def demo(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def pretrain(context: typer.Context) -> None:
-    """Train a bundled model by its recipe; options go to the recipe (repkit pretrain --help)."""
+    """Train a bundled model by its recipe."""
     from repkit.recipes.pretrain import main as train
 
     train(context.args)
@@ -349,19 +392,56 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value))
 
 
-def main() -> None:
-    """Run the command line; a user's mistake is one line on stderr and an exit code, never a traceback."""
+def _print_report(report: "ProbeReport") -> None:
+    splits, (low, high) = report.splits, report.interval
+    counts = f"{len(splits.train)} train, {len(splits.validation)} validation, {len(splits.test)} test"
+    print(f"{report.head} on {counts} images of {len(report.classes)} classes")
+    print(f"({splits.source})\n")
+    ranked = sorted(report.validation.items(), key=lambda item: -item[1])
+    width = max(len(name) for name in ["validation accuracy", *report.validation, *report.classes])
+    print("validation accuracy")
+    for name, value in ranked:
+        print(f"{name:{width}}  {value:7.2%}{'  <- chosen' if name == report.key else ''}")
+    print(f"\ntest accuracy of {report.key}, {report.chosen.name} = {report.chosen.value:g}")
+    print(f"{'all':{width}}  {report.test:7.2%}  of {len(splits.test)}, 95 % interval {low:.2%} to {high:.2%}")
+    for score in report.per_class:
+        share = "no test images" if score.accuracy is None else f"{score.accuracy:7.2%}  of {score.n}"
+        print(f"{report.classes[score.label]:{width}}  {share}")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit; a user's mistake is one line on stderr and an exit code, never a traceback."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        app()
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("REPKIT_TRACEBACK"):
-            raise
-        lines = (str(error).strip() or type(error).__name__).splitlines()
-        _say(f"repkit: {lines[0]}")
-        code = CANNOT_WRITE if isinstance(error, OSError) and error.errno in _WRITE_ERRORS else USAGE
-        sys.exit(code)
+        code = app(given or ["--help"], prog_name="repkit", standalone_mode=False)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
+    except Exception as error:
+        line = _explain(error)
+        if line is None or os.environ.get("REPKIT_TRACEBACK"):
+            raise
+        _say(f"repkit: {line}")
+        sys.exit(CANNOT_WRITE if isinstance(error, OSError) and error.errno in _WRITE_ERRORS else USAGE)
+    if code == INTERRUPTED:
+        _say("repkit: interrupted; the same command again goes on, or starts over where nothing was kept")
+    sys.exit(code or OK)
+
+
+def _explain(error: Exception) -> str | None:
+    """One line about what a user can do something about; None for what is our own mistake."""
+    if isinstance(error, _ClickException):
+        context = getattr(error, "ctx", None)
+        return f"{error.format_message().rstrip('.')} (see {context.command_path if context else 'repkit'} --help)"  # type: ignore[attr-defined]
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        way = "; that is in the way, choose another place" if error.errno in _IN_THE_WAY else ""
+        return f"{error.filename}: {error.strerror}{way}"
+    # torch tells of too little memory in RuntimeErrors of several kinds.
+    memory = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error))
+    if memory or isinstance(error, MemoryError):
+        return "not enough memory; a smaller --batch-size or --size, or pooling, would help"
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return None
 
 
 if __name__ == "__main__":

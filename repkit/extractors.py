@@ -144,7 +144,7 @@ class DiffusionExtractor(Extractor):
             x_t = x0 if level.clean else self._noised(x0, level, digests, draw)
             maps = self.backbone.activations(x_t, level.t, condition, list(dict.fromkeys(keys.values())))
             for key, block in keys.items():
-                value = maps[block].float() / draws
+                value = maps[block].float() if draws == 1 else maps[block].float() / draws  # no copy for nothing
                 mean[key] = mean[key] + value if key in mean else value
         return mean
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from repkit.decoding import Decoded, decode_ahead
 from repkit.extractors import Extractor
-from repkit.features import Features, check_finite
+from repkit.features import Features, all_finite, check_finite
 from repkit.images import to_tensor
 from repkit.planning import Listing
 from repkit.pooling import pool as pool_map
@@ -122,6 +122,8 @@ def _refuse_non_finite(
     """The errors, with one more for each image that has a value which is not finite, or not any more when stored."""
     errors = list(errors)
     for key, maps in features.items():
+        if all_finite(maps) and all_finite(stored[key]):
+            continue
         bad = (~torch.isfinite(stored[key])).flatten(1).any(1) | (~torch.isfinite(maps)).flatten(1).any(1)
         for index in bad.nonzero().flatten().tolist():
             errors[index] = errors[index] or _why_not_finite(key, maps[index : index + 1], stored[key].dtype)

@@ -181,13 +181,21 @@ def _read_network(folder: Path, class_name: str, dtype: torch.dtype) -> nn.Modul
     import diffusers
 
     try:
-        return getattr(diffusers, class_name).from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+        network, found = getattr(diffusers, class_name).from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except Exception as error:  # safetensors, diffusers and the file system each have their own way to say it
         raise OSError(
             f"cannot read {class_name} from {folder}: {_reason(error)}; it needs config.json and safetensors"
         ) from error
+    if missing := found["missing_keys"]:  # diffusers would leave them random
+        raise OSError(f"{folder} lacks {len(missing)} weights of {class_name}, {missing[0]} first; get it again")
+    return network
 
 
 def _reason(error: Exception) -> str:

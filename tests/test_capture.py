@@ -78,7 +78,12 @@ def test_stopped_equals_an_ordinary_hook_bit_for_bit(path, wrapped):
 def test_many_points_in_one_forward(model):
     x_t, points = example(), [Point(path) for path in PATHS]
     calls = []
-    found = capture(model, points[::-1], lambda stand_in: calls.append(1) or run(x_t)(stand_in))
+
+    def counted(stand_in):
+        calls.append(stand_in)
+        return run(x_t)(stand_in)
+
+    found = capture(model, points[::-1], counted)
     assert len(calls) == 1 and set(found) == set(points)
     assert all(torch.equal(first(found[point]), first(by_hook(model, point.path, x_t))) for point in points)
 
@@ -123,7 +128,12 @@ def test_the_original_is_untouched(how):
 
 def test_hooks_of_the_caller_still_run_once():
     model, calls = tiny.unet_model(), []
-    model.mid_block.register_forward_hook(lambda module, args, output: calls.append(1) or output * 2)
+
+    def double(module, args, output):
+        calls.append(1)
+        return 2 * output
+
+    model.mid_block.register_forward_hook(double)
     found = capture(model, [Point("mid_block")], run(example()))[Point("mid_block")]
     assert calls == [1]
     assert torch.equal(found, 2 * by_hook(tiny.unet_model(), "mid_block", example()))

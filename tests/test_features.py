@@ -42,7 +42,9 @@ def test_what_is_not_finite_is_named_with_the_remedy(bad):
     maps = {"mid@10": torch.ones(3, 2, 1, 1), "up.0@10": torch.ones(3, 2, 2, 2)}
     check_finite(maps)
     maps["up.0@10"][1, 0, 1, 1] = bad
-    with pytest.raises(FloatingPointError, match=r"^up.0@10 is not finite in 1 of 3 images; .*bfloat16 or torch.float32"):
+    with pytest.raises(
+        FloatingPointError, match=r"^up.0@10 is not finite in 1 of 3 images; .*bfloat16 or torch.float32"
+    ):
         check_finite(maps)
 
 

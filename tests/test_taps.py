@@ -37,7 +37,9 @@ def test_times(text, time, canonical):
     assert str(time) == canonical
 
 
-@pytest.mark.parametrize("text", ["", "-1", "2.5", "sigma", "sigma=", "sigma=nan", "sigma=inf", "snr=1", "clean:", "t=3"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "2.5", "sigma", "sigma=", "sigma=nan", "sigma=inf", "snr=1", "clean:", "t=3"]
+)
 def test_what_is_no_time_is_refused_with_the_grammar(text):
     with pytest.raises(ValueError, match="no time .* write a training timestep .* sigma=0.26, logsnr=-1.5, clean"):
         parse_time(text)

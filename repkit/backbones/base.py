@@ -1,6 +1,7 @@
 """Backbone: a frozen denoiser whose activations have names. One subclass a family, in the files beside this one."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -203,8 +204,9 @@ def hash_weights(networks: Mapping[str, nn.Module]) -> str:
     digest = hashlib.sha256()
     for network, module in sorted(networks.items()):
         # Heads and groups leave no trace in the weights. Private entries say where a network was loaded from.
-        config = {key: str(value) for key, value in getattr(module, "config", {}).items() if not key.startswith("_")}
-        digest.update(f"{network}:{sorted(config.items())}:".encode())
+        config = {key: value for key, value in getattr(module, "config", {}).items() if not key.startswith("_")}
+        # As JSON, in which a tuple in memory and the list read from a file are one.
+        digest.update(f"{network}:{json.dumps(config, sort_keys=True, default=str)}:".encode())
         for name, tensor in sorted(module.state_dict().items()):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
             flat = tensor.detach().cpu().contiguous().flatten()

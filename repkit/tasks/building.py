@@ -30,6 +30,7 @@ def build_extractor(
     offline: bool = False,
 ) -> Extractor:
     """An extractor by name: `timm:NAME` is a DinoExtractor, anything else a diffusion backbone as `load` takes it."""
+    _check_device(device)
     if model.startswith("timm:"):
         return DinoExtractor(model, taps or ("norm",), resize=resize, device=device, dtype=_dtype(dtype))
     if not taps:
@@ -63,6 +64,16 @@ def rebuild_extractor(
     if differences := identity_differences(dict(extractor.identity), dict(identity)):
         raise ValueError(f"{source} is not what made these features: {'; '.join(differences)}")
     return extractor
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"no device {name!r} here ({reason}); have cpu, and cuda or mps where torch finds one"
+        ) from error
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +25,26 @@ from repkit.tasks.visualize import pca_colors
 from repkit.zeroshot import DiffusionClassifier
 from repkit.zoo import load, random_control
 
-TRAIN, TEST = 150, 100  # images a class
-TIMES = (10, 50, 100, 200, 400)
 POOL = "2x2"
-EVALUATIONS = 32
+SHOWN = 100  # the time at which maps are shown
+
+
+@dataclass(frozen=True)
+class Tour:
+    """How much is measured; as it stands, it takes two slow cores about four minutes.
+
+    train, test: images a class. evaluations: of the denoiser, for each class of an image. fitted: labelled images that
+    set the temperature of the zero-shot classifier.
+    """
+
+    train: int = 120
+    test: int = 80
+    times: tuple[int, ...] = (10, 50, 100, 300)
+    evaluations: int = 16
+    fitted: int = 40
+
+
+TOUR = Tour()
 
 
 @dataclass(frozen=True)
@@ -42,45 +57,51 @@ class Contest:
     store: FeatureStore
 
 
-def run_demo(out: str | Path, models: Sequence[str] = ("mini-unet", "mini-dit")) -> Path:
+def run_demo(out: str | Path, models: Sequence[str] = ("mini-unet", "mini-dit"), tour: Tour = TOUR) -> Path:
     """Write out/index.html with pictures and figures, all measured now; returns its path.
 
-    A second run into the same folder keeps the features that are there and takes seconds.
+    A second run into the same folder keeps the features that are there.
     """
     started, out = monotonic(), Path(out)
-    images = _write_images(out / "images")
-    contests = [_contest(name, images, out / "features") for name in models]
+    images = _write_images(out / "images", tour)
+    contests = [_contest(name, images, out / "features", tour.times) for name in models]
     raw = _probe_pixels(images)
     best = contests[0]
     backbone = load(best.name)
+    calibrated, verdicts = _verdicts(backbone, images, tour)
     page = write_page(
         out / "index.html",
         tables=[_table(contest, raw) for contest in contests],
         neighbours=_neighbours(best, images),
-        verdicts=_verdicts(backbone, images),
+        verdicts=verdicts,
         colors=_colors(backbone, images),
         facts={
-            "images": f"{TRAIN * len(CLASSES)} to train the probes, {TEST * len(CLASSES)} to test them",
+            "train": f"{len(best.trained.splits.train) + len(best.trained.splits.validation):,}",
+            "test": f"{len(best.trained.splits.test):,}",
             "pooling": POOL,
+            "model": best.name,
+            "evaluations": str(tour.evaluations),
+            "temperature": _temperature(calibrated, tour.fitted),
+            "shown": str(SHOWN),
             "seconds": f"{monotonic() - started:.0f}",
-            "threads": str(torch.get_num_threads()),
+            "threads": _threads(torch.get_num_threads()),
         },
     )
     _say(f"done in {monotonic() - started:.0f} s")
     return page
 
 
-def _write_images(root: Path) -> Path:
-    _say(f"writing {(TRAIN + TEST) * len(CLASSES)} images to {root}")
-    write_folder(root, "train", TRAIN)
-    write_folder(root, "test", TEST)
+def _write_images(root: Path, tour: Tour) -> Path:
+    _say(f"writing {(tour.train + tour.test) * len(CLASSES)} images to {root}")
+    write_folder(root, "train", tour.train)
+    write_folder(root, "test", tour.test)
     return root
 
 
-def _contest(name: str, images: Path, out: Path) -> Contest:
+def _contest(name: str, images: Path, out: Path, times: Sequence[int]) -> Contest:
     backbone = load(name)
     stages = [block for block in backbone.points if block == "mid" or block.count(".") == 1 and "skip" not in block]
-    taps = [f"{','.join(stages)}@{','.join(map(str, TIMES))}"]
+    taps = [f"{','.join(stages)}@{','.join(map(str, times))}"]
     found: list[tuple[FeatureStore, ProbeReport]] = []
     for network, label in ((backbone, name), (random_control(backbone), f"{name}, untrained")):
         extractor = DiffusionExtractor(network, taps)
@@ -104,7 +125,8 @@ def _probe_pixels(images: Path) -> ProbeReport:
 
 
 def _table(contest: Contest, raw: ProbeReport) -> Table:
-    blocks = list(dict.fromkeys(key.partition("@")[0] for key in contest.trained.validation))
+    keys = [key.split("@") for key in contest.trained.validation]
+    blocks, times = list(dict.fromkeys(block for block, _ in keys)), list(dict.fromkeys(int(t) for _, t in keys))
     cells = {
         (block, t): Cell(
             contest.trained.validation[f"{block}@{t}"],
@@ -112,12 +134,12 @@ def _table(contest: Contest, raw: ProbeReport) -> Table:
             chosen=f"{block}@{t}" == contest.trained.key,
         )
         for block in blocks
-        for t in TIMES
+        for t in times
     }
     return Table(
         model=contest.name,
         blocks=blocks,
-        times=TIMES,
+        times=times,
         cells=cells,
         key=contest.trained.key,
         trained=contest.trained.test,
@@ -150,47 +172,58 @@ def _neighbours(contest: Contest, images: Path, queries: int = 8, k: int = 7) ->
     ]
 
 
-def _verdicts(backbone: Backbone, images: Path, queries: int = 10) -> list[Verdict]:
-    """What the denoiser itself says of test images, without any probe."""
+def _verdicts(backbone: Backbone, images: Path, tour: Tour, queries: int = 10) -> tuple[bool, list[Verdict]]:
+    """What the denoiser itself says of test images, without any probe, and whether its temperature was fitted."""
     assert backbone.class_names is not None
-    paths = [images / row["id"] for row in _test_rows(images)]
-    chosen = [paths[row] for row in _spread(len(paths), queries)]
-    classifier = DiffusionClassifier(backbone, backbone.class_names, evaluations=EVALUATIONS)
+    classifier = DiffusionClassifier(backbone, backbone.class_names, evaluations=tour.evaluations)
     # The temperature belongs to other images than the ones shown: without it the posterior is far too sure.
-    fitted = [path for path in _train_paths(images) if path.stem.endswith("7")][:40]
-    with Progress("zero-shot", unit="steps") as progress:
-        classifier = classifier.fit(fitted, [path.parent.name for path in fitted])
+    train, test = _paths(images, "train"), _paths(images, "test")
+    fitted = [train[row] for row in _spread(len(train), tour.fitted)]
+    chosen = [test[row] for row in _spread(len(test), queries)]
+    with Progress("zero-shot", unit="stages") as progress:
+        progress(0, 2)
+        try:
+            classifier = classifier.fit(fitted, [path.parent.name for path in fitted])
+        except ValueError as error:  # so few images may all be right, or all wrong
+            _say(f"no temperature: {error}")
         progress(1, 2)
         posterior = classifier.classify(chosen)
         progress(2, 2)
-    return [
+    return posterior.calibrated, [
         Verdict(Image.open(path), path.parent.name, row)
         for path, row in zip(chosen, posterior.top(len(CLASSES)), strict=True)
     ]
 
 
+def _temperature(calibrated: bool, fitted: int) -> str:
+    if calibrated:
+        return f"One number, the temperature, was fitted on {fitted} other labelled images."
+    return "No temperature was fitted, so the shares are far too sure; only their order counts."
+
+
 def _colors(backbone: Backbone, images: Path, count: int = 10) -> list[tuple[str, list[Image.Image]]]:
     """Rows of pictures: the images, then the PCA of each block's map at one time."""
-    rows = _test_rows(images)
-    paths = [images / rows[index]["id"] for index in _spread(len(rows), count)]
-    extractor = DiffusionExtractor(backbone, ["down.*,mid,up.*@100"])
+    test = _paths(images, "test")
+    paths = [test[row] for row in _spread(len(test), count)]
+    extractor = DiffusionExtractor(backbone, [f"down.*,mid,up.*@{SHOWN}"])
     features = extractor(paths)
     shown = [("image", [Image.fromarray(Resize(backbone.size)(decode(path))[0]) for path in paths])]
     return shown + [(key, [Image.fromarray(one) for one in pca_colors(features[key])]) for key in features]
 
 
-def _test_rows(images: Path) -> list[dict[str, Any]]:
-    return [row for row in list_images(images).to_pylist() if row["split"] == "test"]
-
-
-def _train_paths(images: Path) -> list[Path]:
-    return [images / row["id"] for row in list_images(images).to_pylist() if row["split"] == "train"]
+def _paths(images: Path, split: str) -> list[Path]:
+    return [Path(row["path"]) for row in list_images(images).to_pylist() if row["split"] == split]
 
 
 def _spread(count: int, wanted: int) -> list[int]:
     """`wanted` row numbers spread evenly, which in a sorted list is over all classes."""
+    wanted = min(wanted, count)
     return [int((index + 0.5) * count / wanted) for index in range(wanted)]
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"

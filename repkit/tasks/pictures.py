@@ -60,7 +60,7 @@ def save(figure: "Figure", path: Path) -> Path:
     return path
 
 
-def mosaic(rows: Sequence[Sequence[UInt8[np.ndarray, "H W 3"]]], side: int, gap: int = 4) -> Image.Image:
+def mosaic(rows: Sequence[Sequence[UInt8[np.ndarray, "_h _w 3"]]], side: int, gap: int = 4) -> Image.Image:
     """Pictures in a grid on white, each scaled to `side` pixels by nearest neighbour, so that cells stay visible."""
     height, width = len(rows), max(len(row) for row in rows)
     canvas = Image.new("RGB", (width * (side + gap) + gap, height * (side + gap) + gap), "white")

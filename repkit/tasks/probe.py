@@ -15,8 +15,6 @@ from repkit.heads.scores import ClassScore, accuracy, confusion, per_class, stra
 from repkit.heads.selection import Choice
 from repkit.store import FeatureStore
 
-Rows = Int[np.ndarray, " m"]
-
 # Each head with the name of its one hyper-parameter's candidates.
 HEADS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "ridge": (fit_ridge, "alphas"),
@@ -29,9 +27,9 @@ HEADS: Mapping[str, tuple[Callable[..., Any], str]] = {
 class Splits:
     """Row numbers of each part, and in words where they come from."""
 
-    train: Rows
-    validation: Rows
-    test: Rows
+    train: Int[np.ndarray, " a"]
+    validation: Int[np.ndarray, " b"]
+    test: Int[np.ndarray, " c"]
     source: str
 
 
