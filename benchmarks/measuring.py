@@ -15,7 +15,7 @@ _HEADER = """# Benchmarks
 
 Made by `make bench`: each script in `benchmarks/` times its actions in turns, in one run, and writes its section. What
 counts is the ratios, each the median over the rounds with its quartiles in brackets; absolute numbers are those of the
-machine that a section names.
+machine that a section names, which was shared with other work.
 """
 
 

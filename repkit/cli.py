@@ -109,7 +109,8 @@ def models(as_json: Json = False) -> None:
     for model in found:
         classes = f", {model['classes']} classes" if model["classes"] else ""
         print(f"{model['name']:12} {model['class']}, {model['prediction']}-prediction, {model['size']} px{classes}")
-        print(f"{'':12} {model['card']}")
+        if Path(model["card"]).is_file():
+            print(f"{'':12} {model['card']}")
     print("\nbesides these: a diffusers folder, a hub id (owner/name), timm:NAME or timm:FOLDER (vision transformers)")
 
 

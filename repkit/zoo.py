@@ -133,7 +133,7 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> P
     except Exception as error:
         # The hub's client raises a dozen classes from requests, httpx and its own; what a user can do is the same.
         raise OSError(
-            f"cannot get {model!r} from the hub ({_reason(error)}); check the name and the network, or download it "
+            f"cannot get {model!r} from the hub ({_reason(_root(error))}); check the name and the network, or download it "
             f"elsewhere and give its folder; {known}"
         ) from error
     return Path(folder)
@@ -198,7 +198,14 @@ def _read_network(folder: Path, class_name: str, dtype: torch.dtype) -> nn.Modul
     return network
 
 
-def _reason(error: Exception) -> str:
+def _root(error: BaseException) -> BaseException:
+    """What an error was raised from, in the end: the hub's client wraps a lost network in several layers of advice."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
+
+
+def _reason(error: BaseException) -> str:
     """The first line of what went wrong."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -219,6 +226,7 @@ def random_control(backbone: Backbone, seed: int = 0) -> Backbone:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = type(backbone.model).from_config(backbone.model.config)
-    control.model = model.to(backbone.device, backbone.dtype).eval().requires_grad_(False)
+    # Not diffusers' own `to`, which warns of layers that it would keep in float32 even where there are none.
+    control.model = nn.Module.to(model, backbone.device, backbone.dtype).eval().requires_grad_(False)
     control.name, control.provenance = f"{backbone.name} (random init)", {}
     return control

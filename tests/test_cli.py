@@ -74,16 +74,6 @@ def flat(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("flat"), 3)
 
 
-def start(*arguments: object, **options: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "repkit.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
-
-
 def check_refused(result: tuple[int, str, str], code: int, *words: str) -> None:
     """Exit code, nothing on stdout, no traceback, and one last line from repkit that has all the words."""
     found, out, err = result
@@ -306,9 +296,15 @@ def test_no_space_left_is_code_5_and_goes_on_after(repkit, flat, tmp_path):
 
 
 def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
-    images, out = write_images(tmp_path / "images", 400), tmp_path / "out"
+    images, out = write_images(tmp_path / "images", 160), tmp_path / "out"
     command = ("extract", images, "-m", "mini-unet", "-t", "up.2@50", "-o", out, "--shard-size", 8, "--batch-size", 8)
-    child = start(*command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen(
+        [sys.executable, "-m", "repkit.cli", *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     deadline = time.monotonic() + 120
     while not (out / "shard-00001.safetensors").exists():
         assert child.poll() is None and time.monotonic() < deadline, child.communicate()
@@ -323,7 +319,7 @@ def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
     check_refused(repkit("probe", out), 2, "not complete")
 
     assert repkit(*command)[0] == 0
-    assert len(FeatureStore(out)) == 400
+    assert len(FeatureStore(out)) == 160
     assert all(hashes(out)[name] == kept[name] for name in kept if name.startswith("shard"))
 
 
@@ -520,6 +516,13 @@ def test_too_little_memory_is_one_line(monkeypatch, repkit):
 
     monkeypatch.setattr("repkit.zoo.bundled", greedy)
     check_refused(repkit("models"), 2, "--batch-size")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (123456, "123 kB"), (2_600_000_000, "2.6 GB")]
+)
+def test_sizes_are_told_in_decimal_units(count, text):
+    assert cli._bytes(count) == text
 
 
 def test_a_list_of_paths_can_be_given(repkit, tmp_path):

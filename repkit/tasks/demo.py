@@ -164,9 +164,9 @@ def _neighbours(contest: Contest, images: Path, queries: int = 8, k: int = 7) ->
     labels = {row["id"]: row["label"] for row in train}
     return [
         Neighbours(
-            Image.open(images / test[row]["id"]),
+            decode(images / test[row]["id"]),
             test[row]["label"],
-            [(Image.open(images / name), labels[name], float(score)) for name, score in zip(ids, scores, strict=True)],
+            [(decode(images / name), labels[name], float(score)) for name, score in zip(ids, scores, strict=True)],
         )
         for row, ids, scores in zip(chosen, hits.ids, hits.scores, strict=True)
     ]
@@ -190,7 +190,7 @@ def _verdicts(backbone: Backbone, images: Path, tour: Tour, queries: int = 10) -
         posterior = classifier.classify(chosen)
         progress(2, 2)
     return posterior.calibrated, [
-        Verdict(Image.open(path), path.parent.name, row)
+        Verdict(decode(path), path.parent.name, row)
         for path, row in zip(chosen, posterior.top(len(CLASSES)), strict=True)
     ]
 

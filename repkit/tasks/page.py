@@ -66,7 +66,7 @@ def write_page(
     facts: Mapping[str, str],
 ) -> Path:
     """Write the page to `path`; returns it."""
-    filled = Template(TEMPLATE.read_text()).substitute(
+    filled = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         contests="".join(map(_contest, tables)),
         neighbours="".join(map(_neighbour_row, neighbours)),
         verdicts="".join(map(_verdict, verdicts)),
@@ -74,7 +74,7 @@ def write_page(
         **{name: escape(value) for name, value in facts.items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(filled)
+    path.write_text(filled, encoding="utf-8")
     return path
 
 
