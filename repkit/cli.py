@@ -177,6 +177,9 @@ def extract(
 
     Kill it at any time: the same command goes on where it stopped.
     """
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for timm, which has no such argument; read when the hub is imported
+
     from repkit.exporting import estimate_bytes, export
     from repkit.images import Resize
     from repkit.listing import list_images
@@ -186,8 +189,6 @@ def extract(
 
     if size is None and resize is not Policy.crop:
         raise ValueError(f"--resize {resize.value} needs --size; without a size, images are cropped to the model's own")
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for timm, which has no such argument
     listing = list_images(images)
     extractor = build_extractor(
         model,

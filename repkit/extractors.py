@@ -133,7 +133,8 @@ class DiffusionExtractor(Extractor):
                 maps |= self._at(level, x0, condition, digests)
         if check:
             check_finite(maps)
-        return Features({key: maps[key] for key in self.taps}, (height, width), batch.mask, self.identity)
+        identity = self.identity if cond is None else {**self.identity, "cond": _plain(cond)}
+        return Features({key: maps[key] for key in self.taps}, (height, width), batch.mask, identity)
 
     def _at(self, level: Level, x0: Tensor, condition: Condition, digests: list[bytes]) -> dict[str, Tensor]:
         """The taps of one level, averaged over the draws."""
@@ -176,9 +177,7 @@ class DiffusionExtractor(Extractor):
             "taps": {key: self._resolved(level) for key, level in self.levels.items()},
             "resize": self.resize.identity,
             "decoder": decoder_identity(),
-            "cond": list(self.cond)
-            if isinstance(self.cond, Sequence) and not isinstance(self.cond, str)
-            else self.cond,
+            "cond": _plain(self.cond),
             "draws": self.draws,
             "seed": self.seed,
             "noise": self.noise,
@@ -192,6 +191,11 @@ class DiffusionExtractor(Extractor):
             return {"t": level.t, "clean": True}
         alpha, sigma = (float(value) for value in self.backbone.schedule.coefficients(level.t))
         return {"t": level.t, "logsnr": 2 * (log(alpha) - log(sigma)) if alpha and sigma else None}
+
+
+def _plain(cond: Cond) -> str | int | list[str | int] | None:
+    """A condition as JSON has it."""
+    return cond if cond is None or isinstance(cond, str | int) else list(cond)
 
 
 def resolve(backbone: Backbone, time: Time) -> Level:

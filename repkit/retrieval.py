@@ -169,7 +169,7 @@ def _build_from_store(store: FeatureStore, key: str | None, metric: str) -> Inde
         metric,
         key=key,
         pool=how,
-        identity=store.identity["extractor"],
+        identity=_told(store),
         provenance=store.provenance,
     )
 
@@ -212,6 +212,12 @@ def _array_items(count: int, ids: Sequence[str] | None, labels: Sequence[str] | 
     text = pa.string()
     columns = [pa.array(names, text), pa.nulls(count, text), pa.array(classes, text)]
     return pa.table(columns, names=["id", "path", "label"])
+
+
+def _told(store: FeatureStore) -> Identity:
+    """The extractor's identity, with the condition that the export told it where there was one."""
+    cond = store.identity["cond"]
+    return store.identity["extractor"] if cond is None else {**store.identity["extractor"], "cond": cond}
 
 
 def _as_json(identity: Identity) -> Any:

@@ -133,8 +133,8 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> P
     except Exception as error:
         # The hub's client raises a dozen classes from requests, httpx and its own; what a user can do is the same.
         raise OSError(
-            f"cannot get {model!r} from the hub ({_reason(_root(error))}); check the name and the network, or download it "
-            f"elsewhere and give its folder; {known}"
+            f"cannot get {model!r} from the hub ({_reason(_root(error))}); check the name and the network, or download "
+            f"it elsewhere and give its folder; {known}"
         ) from error
     return Path(folder)
 

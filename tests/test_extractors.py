@@ -338,3 +338,10 @@ def test_what_decides_values_is_in_the_identity(backbone):
     others.append(DiffusionExtractor(tiny.unet(seed=1), "mid@261").identity)
     assert all(other != base for other in others)
     assert DiffusionExtractor(tiny.unet(), "mid@261").identity == base
+
+
+def test_a_condition_of_one_call_is_in_the_identity_of_its_features():
+    extract, images = DiffusionExtractor(tiny.grey_unet(), "mid@50", cond=1), tiny.images()
+    assert extract(images).identity == extract.identity and extract.identity["cond"] == 1
+    assert extract(images, "owl").identity == {**extract.identity, "cond": "owl"}
+    assert extract(images, ("owl", 0, 1)).identity["cond"] == ["owl", 0, 1]

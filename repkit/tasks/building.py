@@ -49,11 +49,16 @@ def rebuild_extractor(
     source = model or provenance.get("model")
     if source is None:
         raise ValueError("the model these features came from was not loaded by name; say which it is with -m MODEL")
+    cond = identity.get("cond")
+    if isinstance(cond, dict) or (isinstance(cond, str) and "{" in cond):
+        raise ValueError(
+            f"each image was told something of its own ({cond}), which a query does not have; search in Python"
+        )
     extractor = build_extractor(
         source,
         list(identity["taps"]),
         resize=Resize(tuple(identity["resize"]["size"]), identity["resize"]["policy"]),
-        cond=identity.get("cond"),
+        cond=cond,
         draws=identity.get("draws", 1),
         seed=identity.get("seed", 0),
         noise=identity.get("noise", "image"),
