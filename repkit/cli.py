@@ -5,9 +5,8 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -29,46 +28,11 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # newer typers hold a click of their own
 
 
-class Policy(StrEnum):
-    """What to do with images of another shape."""
-
-    crop = "crop"
-    squash = "squash"
-    pad = "pad"
-
-
-class Noise(StrEnum):
-    """What the noise depends on."""
-
-    image = "image"
-    shared = "shared"
-    fresh = "fresh"
-
-
-class Precision(StrEnum):
-    """The floating type of a computation or of stored features."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class HeadName(StrEnum):
-    """What is fitted on the features."""
-
-    ridge = "ridge"
-    logistic = "logistic"
-    knn = "knn"
-
-
-class Metric(StrEnum):
-    """How vectors are compared."""
-
-    cosine = "cosine"
-    ip = "ip"
-    l2 = "l2"
-
-
+Policy = Literal["crop", "squash", "pad"]
+Noise = Literal["image", "shared", "fresh"]
+Precision = Literal["float32", "bfloat16", "float16"]
+HeadName = Literal["ridge", "logistic", "knn"]
+Metric = Literal["cosine", "ip", "l2"]
 Images = Annotated[Path, typer.Argument(help="a folder, an image, or a .csv or .parquet list with a path column")]
 Store = Annotated[Path, typer.Argument(help="a folder that repkit extract wrote")]
 Model = Annotated[str, typer.Option("--model", "-m", help="bundled name, diffusers folder, hub id, or timm:NAME")]
@@ -156,18 +120,18 @@ def extract(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the feature store; an unfinished one goes on")],
     taps: Taps = None,
     pool: Annotated[str, typer.Option(help="mean, max, gem, NxN such as 2x2, or none")] = "mean",
-    dtype: Annotated[Precision, typer.Option(help="of the stored features")] = Precision.float32,
+    dtype: Annotated[Precision, typer.Option(help="of the stored features")] = "float32",
     size: Size = None,
-    resize: Annotated[Policy, typer.Option(help="for images of another shape")] = Policy.crop,
+    resize: Annotated[Policy, typer.Option(help="for images of another shape")] = "crop",
     prompt: Annotated[str | None, typer.Option(help="condition; may use {label}, {id}, {split}")] = None,
     draws: Annotated[int, typer.Option(min=1, help="average over so many noises")] = 1,
     seed: Seed = 0,
-    noise: Annotated[Noise, typer.Option(help="what the noise depends on")] = Noise.image,
+    noise: Annotated[Noise, typer.Option(help="what the noise depends on")] = "image",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 1024,
     workers: Annotated[int, typer.Option(min=0, help="decoding: 0 in line, 1 a thread, n processes")] = 1,
     device: Device = "cpu",
-    precision: Annotated[Precision, typer.Option(help="of the computation")] = Precision.float32,
+    precision: Annotated[Precision, typer.Option(help="of the computation")] = "float32",
     revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the network")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
@@ -187,23 +151,23 @@ def extract(
     from repkit.progress import Progress
     from repkit.tasks.building import build_extractor
 
-    if size is None and resize is not Policy.crop:
-        raise ValueError(f"--resize {resize.value} needs --size; without a size, images are cropped to the model's own")
+    if size is None and resize != "crop":
+        raise ValueError(f"--resize {resize} needs --size; without a size, images are cropped to the model's own")
     listing = list_images(images)
     extractor = build_extractor(
         model,
         taps or [],
-        resize=Resize(size, resize.value) if size else None,
+        resize=Resize(size, resize) if size else None,
         draws=draws,
         seed=seed,
-        noise=noise.value,
+        noise=noise,
         device=device,
-        dtype=precision.value,
+        dtype=precision,
         revision=revision,
         offline=offline,
     )
     check_conditions(extractor, make_conditions(listing, prompt))
-    need = estimate_bytes(len(listing), extractor, pool, dtype.value)
+    need = estimate_bytes(len(listing), extractor, pool, dtype)
     taps_of = f"{len(extractor.blocks)} tap{'s' * (len(extractor.blocks) > 1)} of {model}"
     _say(f"{len(listing)} images, {taps_of}, about {_bytes(need)} in {out}")
     if dry_run:
@@ -219,7 +183,7 @@ def extract(
             extractor,
             out,
             pool=pool,
-            dtype=dtype.value,
+            dtype=dtype,
             batch_size=batch_size,
             shard_size=shard_size,
             workers=workers,
@@ -244,7 +208,7 @@ def extract(
 @app.command()
 def probe(
     store: Store,
-    head: Annotated[HeadName, typer.Option(help="ridge, logistic or knn")] = HeadName.ridge,
+    head: Annotated[HeadName, typer.Option(help="ridge, logistic or knn")] = "ridge",
     key: Annotated[list[str] | None, typer.Option(help="taps to compare; default: all in the store")] = None,
     seed: Annotated[int, typer.Option(help="of the split, where the store has none")] = 0,
     picture: Annotated[Path | None, typer.Option(help="confusion matrix; default: STORE-confusion.png")] = None,
@@ -260,7 +224,7 @@ def probe(
     from repkit.tasks.probe import probe_store
 
     with Progress("probe", unit="taps") as progress:
-        report = probe_store(FeatureStore(store), head=head.value, keys=key, seed=seed, progress=progress)
+        report = probe_store(FeatureStore(store), head=head, keys=key, seed=seed, progress=progress)
     title = f"{report.key}, {report.head}: {report.test:.1%}"
     path = picture or store.parent / f"{store.resolve().name}-confusion.png"
     save(confusion_picture(report.confusion, report.classes, title), path)
@@ -306,7 +270,7 @@ def index(
     store: Store,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the index")],
     key: Annotated[str | None, typer.Option(help="which tap, where the store has several")] = None,
-    metric: Annotated[Metric, typer.Option(help="how vectors are compared")] = Metric.cosine,
+    metric: Annotated[Metric, typer.Option(help="how vectors are compared")] = "cosine",
     as_json: Json = False,
 ) -> None:
     """Build a search index from stored features."""
@@ -316,7 +280,7 @@ def index(
     source = FeatureStore(store)
     if key is None and len(source.keys) > 1:
         raise ValueError(f"{store} has {len(source.keys)} taps; choose one with --key: {', '.join(source.keys)}")
-    built = Index.build(source, key, metric=metric.value)
+    built = Index.build(source, key, metric=metric)
     built.save(out)
     _say(f"{len(built)} vectors of {built.dimension} numbers, {built.key}")
     if as_json:

@@ -16,7 +16,8 @@ class Progress:
 
     def __init__(self, what: str, unit: str = "images") -> None:
         self.what, self.unit = what, unit
-        self.start = self.told = monotonic()
+        self.told = monotonic()
+        self.first: tuple[int, float] | None = None  # what was done at the first call may be an earlier run's work
         console = Console(stderr=True)
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         self.bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
@@ -28,11 +29,15 @@ class Progress:
 
     def __call__(self, done: int, total: int, failed: int = 0) -> None:
         now = monotonic()
-        rate = f"{done / max(now - self.start, 1e-9):.1f} {self.unit}/s" + (f", {failed} failed" if failed else "")
+        if self.first is None:
+            self.first = done, now
+        before, start = self.first
+        speed = f"{(done - before) / (now - start):.1f} {self.unit}/s" if done > before else ""
+        rate = ", ".join(filter(None, (speed, f"{failed} failed" if failed else "")))
         self.bar.update(self.task, completed=done, total=total, rate=rate)
         if self.bar.disable and (now - self.told > _SECONDS_A_LINE or done == total):
             self.told = now
-            print(f"{self.what}: {done}/{total}, {rate}", file=sys.stderr, flush=True)
+            print(f"{self.what}: {done}/{total}" + (f", {rate}" if rate else ""), file=sys.stderr, flush=True)
 
     def __exit__(self, *_: Any) -> None:
         self.bar.stop()

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from repkit.features import Features, check_finite, identity_differences, identity_hash
+from repkit.features import Features, all_finite, check_finite, identity_differences, identity_hash
 
 
 @pytest.fixture
@@ -71,3 +71,11 @@ def test_the_hash_knows_values_and_not_the_order_of_keys():
 )
 def test_differences_are_told_line_by_line(mine, theirs, lines):
     assert identity_differences(mine, theirs) == lines
+
+
+@pytest.mark.parametrize(
+    ("values", "finite"),
+    [([3e38] * 9, True), ([], True), ([1.0, float("nan")], False), ([float("inf"), -float("inf")], False)],
+)
+def test_all_finite_is_not_fooled_by_its_shortcut(values, finite):
+    assert all_finite(torch.tensor(values)) is finite
