@@ -29,8 +29,8 @@ from repkit.zeroshot import DiffusionClassifier
 from repkit.zoo import MODELS, bundled, load, random_control
 
 ROOT = Path(__file__).parent.parent
-TIMES = (10, 25, 50, 100, 200)
-POOL, BATCH, EVALUATIONS, CONTROLS = "2x2", 100, 32, 3
+TIMES = (10, 25, 50, 100)
+POOL, BATCH, EVALUATIONS, CONTROLS = "2x2", 100, 16, 3
 
 Tensors = Float[torch.Tensor, "n 3 H W"]
 Labels = Int[np.ndarray, " n"]

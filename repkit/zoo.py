@@ -75,7 +75,8 @@ def load(
 
     Everything but a pipeline is moved to `device` and `dtype`; the autoencoder to `vae_dtype` where that is given. A
     pipeline is used as it is, so it has to be frozen and in eval mode already. latent: the autoencoder's posterior
-    "mode", or a "sample" of it. revision: a commit of the hub. offline: never ask the network.
+    "mode", or a "sample" of it, which differs from call to call. revision: a commit of the hub. offline: never ask
+    the network.
 
     Raises ValueError for a model of a family that repkit does not know, OSError where there is nothing to load.
     """
@@ -90,7 +91,9 @@ def load(
         if component == "vae" and vae_dtype is not None:
             network.to(vae_dtype)
     backbone = _build(parts)
-    backbone.provenance = {"model": str(model), "revision": revision}
+    named = model in bundled() or not Path(model).is_dir()
+    # A folder is found again from anywhere, a name or a hub id as it is.
+    backbone.provenance = {"model": str(model) if named else str(folder.resolve()), "revision": revision}
     return backbone
 
 
