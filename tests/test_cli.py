@@ -298,8 +298,12 @@ def test_no_space_left_is_code_5_and_goes_on_after(repkit, flat, tmp_path):
 def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
     images, out = write_images(tmp_path / "images", 160), tmp_path / "out"
     command = ("extract", images, "-m", "mini-unet", "-t", "up.2@50", "-o", out, "--shard-size", 8, "--batch-size", 8)
+    # A shell starts background jobs deaf to SIGINT, and that is handed down to this child.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from repkit.cli import main; main()"
+    )
     child = subprocess.Popen(
-        [sys.executable, "-m", "repkit.cli", *map(str, command)],
+        [sys.executable, "-c", program, *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
