@@ -31,8 +31,9 @@ _WINDOW = 100  # steps to a row of loss.csv
 def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
     """Write a checkpoint's averaged weights, in float16, as a diffusers folder with a model card; return the folder.
 
-    The loss is read from loss.csv beside the checkpoint, measured figures from figures.json in the folder, if there
-    is one: names -> numbers or text, or names -> such a mapping.
+    The loss is read from loss.csv beside the checkpoint. Taken up from the folder, where they are: origin.md, which
+    says where the steps were run if not by the recipe alone, and figures.json, which maps names to measured numbers or
+    text, or to such a mapping.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -149,6 +150,7 @@ def _card(folder: Path, network: nn.Module, options: Mapping[str, Any], step: in
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
         data="4,000 training images that ship with repkit" if bundled else "60,000 training images",
         recipe=yaml.safe_dump(_recipe(options), sort_keys=False).strip(),
+        origin=_text(folder / "origin.md"),
         figures=_figures(folder / "figures.json"),
     )
 
@@ -156,6 +158,10 @@ def _card(folder: Path, network: nn.Module, options: Mapping[str, Any], step: in
 def _recipe(options: Mapping[str, Any]) -> dict[str, Any]:
     # Where it ran says nothing about the model.
     return {name: value for name, value in options.items() if name not in ("out", "data", "checkpoint_every")}
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else "All steps were run by this command."
 
 
 def _figures(path: Path) -> str:
@@ -199,6 +205,8 @@ Fashion-MNIST, copyright 2017 Zalando SE, MIT licence: the {data}, resized from 
 ```yaml
 {recipe}
 ```
+
+{origin}
 
 Times are stratified over each batch; the loss is the mean squared error of the prediction, at every time alike.
 
