@@ -63,6 +63,10 @@ class Transformer(TransformerMixin, BaseEstimator):
         return tags
 
     def _batches(self, images: Any) -> Iterator[Batch]:
+        numbers = isinstance(images, np.ndarray) and (images.ndim != 1 or images.dtype.kind not in "OU")
+        if isinstance(images, str) or numbers or hasattr(images, "columns"):
+            kind = type(images).__name__
+            raise TypeError(f"X is a {kind}; give a list of paths or PIL images, or a tensor [n 3 H W]")
         images = images if isinstance(images, Tensor) else list(images)
         for start in range(0, len(images), self.batch_size):
             yield images[start : start + self.batch_size]

@@ -17,9 +17,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from repkit.backbones.base import Block, Cond, hash_weights
+from repkit.backbones.base import Block, Cond, current_hash
 from repkit.capture import Point, capture
-from repkit.extractors import Extractor, Images, prepare
+from repkit.extractors import Extractor, Images, prepare, resize_identity
 from repkit.features import Features, Identity, check_finite
 from repkit.images import Resize, decoder_identity
 from repkit.taps import parse_blocks
@@ -92,7 +92,8 @@ class DinoExtractor(Extractor):
         batch = prepare(images, self.resize, self.device)
         height, width = batch.images.shape[-2:]
         self.check_size(height, width)
-        with nullcontext() if grad else torch.no_grad():
+        # A training loop's autocast around this call would change the values.
+        with nullcontext() if grad else torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             pixels = self._normalise(batch.images)
             points = [reading.point for reading in self.readings.values()]
             raw = capture(self.model, points, lambda model: model.forward_features(pixels))  # type: ignore[operator]
@@ -100,7 +101,8 @@ class DinoExtractor(Extractor):
             maps = {key: self._read(reading, raw[reading.point], grid) for key, reading in self.readings.items()}
         if check:
             check_finite(maps)
-        return Features(maps, (height, width), batch.mask, self.identity)
+        identity = {**self.identity, "resize": resize_identity(self.resize, height, width)}
+        return Features(maps, (height, width), batch.mask, identity)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise ValueError, naming the nearest valid size, for an image size the network cannot take."""
@@ -149,10 +151,10 @@ class DinoExtractor(Extractor):
         grid = self._grid(*self.resize.shape)
         return {key: (one.channels, *((1, 1) if one.cls else grid)) for key, one in self.readings.items()}
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
         """sha256 over the names, dtypes, shapes and bytes of all weights."""
-        return hash_weights({"dino": self.model})
+        return current_hash(self, {"dino": self.model})
 
     @property
     def identity(self) -> Identity:
@@ -220,6 +222,8 @@ def _load(name: str) -> nn.Module:
     """The frozen network of a timm name or a local folder, for images of any multiple of its patch."""
     source = name.removeprefix("timm:")
     if Path(source).is_dir() and not timm.is_model(source):
+        if not (Path(source) / "model.safetensors").is_file():
+            raise OSError(f"no model.safetensors in {source}; pickled weights are not read, save them as safetensors")
         source = f"local-dir:{source}"
     if ":" not in source and not timm.is_model(source):
         near = get_close_matches(source, timm.list_models(pretrained=True), n=3)

@@ -75,6 +75,11 @@ def prepare(images: Images, resize: Resize, device: torch.device) -> Batch:
     return Batch(to_tensor(np.stack(pixels)).to(device), mask)
 
 
+def resize_identity(resize: Resize, height: int, width: int) -> Identity:
+    """That of the extractor's resize, unless tensors came in another size, which it does not touch."""
+    return resize.identity if (height, width) == resize.shape else {"size": [height, width], "policy": "as given"}
+
+
 @dataclass(frozen=True)
 class Level:
     """A resolved noise level: what the network is told, and whether the image gets noise at all."""
@@ -104,8 +109,12 @@ class DiffusionExtractor(Extractor):
     ) -> None:
         if noise not in ("image", "shared", "fresh"):
             raise ValueError(f"no noise {noise!r}; have image, shared, fresh")
-        if draws < 1:
-            raise ValueError(f"draws={draws}; give at least 1")
+        if type(draws) is not int or draws < 1:
+            raise ValueError(f"draws={draws!r}; give a whole number of at least 1")
+        if type(seed) is not int or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed={seed!r}; give a whole number that fits in 64 bits")
+        if resize is not None and not isinstance(resize, Resize):
+            raise TypeError(f"resize={resize!r}; give repkit.Resize(size, policy)")
         self.backbone, self.cond, self.draws, self.seed, self.noise = backbone, cond, draws, seed, noise
         self.provenance = backbone.provenance
         self.resize = resize or Resize(backbone.size)
@@ -121,11 +130,14 @@ class DiffusionExtractor(Extractor):
         grad=True keeps the graph, so that features can be differentiated with respect to the images. Non-finite
         features raise FloatingPointError, unless check=False leaves them to the caller.
         """
+        if self.backbone.model.training:
+            raise ValueError(f"{self.backbone.name} is in training mode; call backbone.model.eval() first")
         batch = prepare(images, self.resize, self.backbone.device)
         height, width = batch.images.shape[-2:]
         self.backbone.check_size(height, width)
         digests = self._digests(batch.images)
-        with nullcontext() if grad else torch.no_grad():
+        # A training loop's autocast around this call would change the values.
+        with nullcontext() if grad else torch.no_grad(), torch.autocast(self.backbone.device.type, enabled=False):
             x0 = self.backbone.encode(batch.images)
             condition = self.backbone.condition(self.cond if cond is None else cond, len(x0))
             maps: dict[str, Tensor] = {}
@@ -134,6 +146,7 @@ class DiffusionExtractor(Extractor):
         if check:
             check_finite(maps)
         identity = self.identity if cond is None else {**self.identity, "cond": _plain(cond)}
+        identity = {**identity, "resize": resize_identity(self.resize, height, width)}
         return Features({key: maps[key] for key in self.taps}, (height, width), batch.mask, identity)
 
     def _at(self, level: Level, x0: Tensor, condition: Condition, digests: list[bytes]) -> dict[str, Tensor]:

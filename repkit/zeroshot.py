@@ -174,7 +174,13 @@ class DiffusionClassifier:
     @cached_property
     def _conditions(self) -> Condition:
         with torch.no_grad():
-            return self.backbone.condition(self.classes, len(self.classes))
+            condition = self.backbone.condition(self.classes, len(self.classes))
+        seen: dict[bytes, Label] = {}
+        for index, label in enumerate(self.classes):
+            told = b"".join(tensor[index].cpu().numpy().tobytes() for tensor in condition.tensors.values())
+            if condition.tensors and (same := seen.setdefault(told, label)) is not label:
+                raise ValueError(f"classes {same!r} and {label!r} are the same to {self.backbone.name}; drop one")
+        return condition
 
     def _check_finite(self, errors: Float64[Tensor, "r"], rows: Int[Tensor, "r 3"]) -> None:
         bad = ~torch.isfinite(errors)
@@ -233,8 +239,9 @@ def _paired_standard_errors(errors: Float64[Tensor, "b k n"]) -> Float64[Tensor,
 
 
 def _distinct(classes: Sequence[Label]) -> tuple[Label, ...]:
-    if isinstance(classes, str) or not classes:
-        raise ValueError(f"classes={classes!r}; give a sequence of prompts, class names or indices")
+    if classes is None or isinstance(classes, str) or len(classes) == 0:
+        hint = "; a model without class names takes indices, range(10)" if classes is None else ""
+        raise ValueError(f"classes={classes!r}; give a sequence of prompts, class names or indices{hint}")
     if len(set(classes)) != len(classes):
         twice = next(label for label in classes if list(classes).count(label) > 1)
         raise ValueError(f"class {twice!r} is given twice; the posterior needs distinct classes")

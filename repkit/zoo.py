@@ -82,6 +82,8 @@ def load(
     """
     if latent not in ("mode", "sample"):
         raise ValueError(f"no latent {latent!r}; have mode, sample")
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r}; give a torch dtype such as torch.bfloat16")
     if not isinstance(model, str | Path):
         return _build(_take_apart(model, latent))
     folder = find(str(model), revision=revision, offline=offline)
@@ -123,10 +125,14 @@ def describe(name: str) -> dict[str, Any]:
 def find(model: str, *, revision: str | None = None, offline: bool = False) -> Path:
     """The folder of a bundled name, a path or a hub id (downloaded to the hub's cache unless it is there)."""
     if model in bundled():
+        if Path(model).is_dir():
+            logger.warning("%s is the bundled model, not the folder of that name; write ./%s for that", model, model)
         return MODELS / model
     if Path(model).is_dir():
         return Path(model)
     known = f"bundled models: {', '.join(bundled())}; or give a diffusers folder, or a hub id such as owner/name"
+    if model.startswith("timm:"):
+        raise ValueError(f"{model} is no diffusion model; repkit.DinoExtractor({model!r}) takes its features")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise OSError(f"no model {model!r} here; {known}")
     from diffusers import DiffusionPipeline
@@ -225,7 +231,6 @@ def _read_json(path: Path, why: str) -> dict[str, Any]:
 def random_control(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same network with freshly initialised weights: what its features are worth without any training."""
     control = copy(backbone)
-    vars(control).pop("weights_hash", None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = type(backbone.model).from_config(backbone.model.config)

@@ -91,7 +91,7 @@ class GaussianBackbone(Backbone):
         class_names: Sequence[str] | None = None,
     ) -> None:
         self.name = f"gaussian-{prediction}"
-        self.model = GaussianDenoiser(prediction, means, variance)
+        self.model = GaussianDenoiser(prediction, means, variance).eval()
         self.schedule = gaussian_schedule(prediction)
         self.size, self.multiple = means.shape[-1], 1
         self.class_names = class_names or [f"class {k}" for k in range(len(means))]

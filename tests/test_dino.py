@@ -353,9 +353,15 @@ def test_wrong_names_are_refused(name, message):
 
 
 def test_broken_folders_are_refused(dino, tmp_path):
+    with pytest.raises(OSError, match="no model.safetensors"):
+        DinoExtractor(str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(OSError, match="Config file not found"):
         DinoExtractor(str(tmp_path))
     save_folder(tmp_path, dino)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="pickled weights are not read"):
+        DinoExtractor(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(OSError, match="cannot get the weights"):
         DinoExtractor(str(tmp_path))

@@ -290,7 +290,7 @@ def test_one_image_is_no_list_of_images(backbone, images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"draws": 0}, "draws=0; give at least 1"),
+        ({"draws": 0}, "draws=0; give a whole number of at least 1"),
         ({"cond": 2}, "unet is unconditional"),
         ({"taps": "nope@1"}, "no block 'nope' in unet; have down.0"),
         ({"taps": "mid"}, "has no time"),
@@ -345,3 +345,37 @@ def test_a_condition_of_one_call_is_in_the_identity_of_its_features():
     assert extract(images).identity == extract.identity and extract.identity["cond"] == 1
     assert extract(images, "owl").identity == {**extract.identity, "cond": "owl"}
     assert extract(images, ("owl", 0, 1)).identity["cond"] == ["owl", 0, 1]
+
+
+def test_identity_follows_weights_that_change_and_tensors_of_another_size():
+    extract, images = DiffusionExtractor(tiny.unet(), "mid@50"), tiny.images()
+    before = extract(images).identity
+    with torch.no_grad():
+        extract.backbone.model.conv_in.weight.mul_(2)
+    changed = extract(images).identity
+    assert before["weights"] != changed["weights"] and {**before, "weights": 0} == {**changed, "weights": 0}
+    assert extract(tiny.images(2, 32, 16)).identity["resize"] == {"size": [32, 16], "policy": "as given"}
+
+
+def test_autocast_around_a_call_changes_nothing_and_training_mode_is_refused():
+    extract, images = DiffusionExtractor(tiny.unet(), "mid@50"), tiny.images()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = extract(images)["mid@50"]
+    assert torch.equal(inside, extract(images)["mid@50"])
+    extract.backbone.model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        extract(images)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"seed": 2**63}, ValueError),
+        ({"seed": 1.5}, Exception),
+        ({"draws": 0}, ValueError),
+        ({"resize": 64}, Exception),
+    ],
+)
+def test_arguments_out_of_range_are_refused_at_once(backbone, wrong, error):
+    with pytest.raises(error, match="give|violates|Type"):
+        DiffusionExtractor(backbone, "mid@50", **wrong)

@@ -8,6 +8,7 @@ from PIL import Image
 from repkit.images import digest, to_uint8
 from repkit.noise import noise_like
 from repkit.zeroshot import DiffusionClassifier, fit_temperature
+from tests import tiny
 from tests.oracles import (
     PREDICTIONS,
     bayes_log_posterior,
@@ -270,3 +271,9 @@ def test_a_network_that_overflows_is_named():
     judge.backbone.model.posterior.means.data[2] = math.nan
     with pytest.raises(FloatingPointError, match="no finite prediction for image 0, class . at t=.*bfloat16"):
         judge.classify(images)
+
+
+def test_one_class_under_two_names_is_refused() -> None:
+    backbone = tiny.grey_unet()
+    with pytest.raises(ValueError, match="'owl' and 2 are the same"):
+        DiffusionClassifier(backbone, ["cat", "owl", 2])

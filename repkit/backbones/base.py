@@ -193,10 +193,19 @@ class Backbone(ABC):
         """Every network that features depend on; a family adds its autoencoder and text encoders."""
         return {"denoiser": self.model}
 
-    @cached_property
+    @property
     def weights_hash(self) -> str:
         """sha256 over the config and all weights of `networks`: names, dtypes, shapes and bytes."""
-        return hash_weights(self.networks)
+        return current_hash(self, self.networks)
+
+
+def current_hash(owner: object, networks: Mapping[str, nn.Module]) -> str:
+    """`hash_weights`, kept with `owner` until a weight is replaced, moved or changed in place."""
+    tensors = (tensor for network in networks.values() for tensor in (*network.parameters(), *network.buffers()))
+    state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    if vars(owner).get("_hashed", (None,))[0] != state:
+        vars(owner)["_hashed"] = state, hash_weights(networks)
+    return str(vars(owner)["_hashed"][1])
 
 
 def hash_weights(networks: Mapping[str, nn.Module]) -> str:
