@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -24,7 +26,8 @@ app = typer.Typer(
 
 OK, USAGE, SOME_FAILED, NONE_SUCCEEDED, CANNOT_WRITE, INTERRUPTED = 0, 2, 3, 4, 5, 130
 _IN_THE_WAY = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
-_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG} | _IN_THE_WAY
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_WRITE_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS} | _FULL | _IN_THE_WAY
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # newer typers hold a click of their own
 
 
@@ -130,6 +133,8 @@ def extract(
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 1024,
     workers: Annotated[int, typer.Option(min=0, help="decoding: 0 in line, 1 a thread, n processes")] = 1,
+    max_pixels: Annotated[int, typer.Option(min=1, help="a larger image is a failure")] = 50_000_000,
+    retry: Annotated[bool, typer.Option("--retry", help="try images again that failed before")] = False,
     device: Device = "cpu",
     precision: Annotated[Precision, typer.Option(help="of the computation")] = "float32",
     revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
@@ -166,7 +171,8 @@ def extract(
         revision=revision,
         offline=offline,
     )
-    check_conditions(extractor, make_conditions(listing, prompt))
+    with _blaming("--prompt", prompt):
+        check_conditions(extractor, make_conditions(listing, prompt))
     need = estimate_bytes(len(listing), extractor, pool, dtype)
     taps_of = f"{len(extractor.blocks)} tap{'s' * (len(extractor.blocks) > 1)} of {model}"
     _say(f"{len(listing)} images, {taps_of}, about {_bytes(need)} in {out}")
@@ -188,6 +194,8 @@ def extract(
             shard_size=shard_size,
             workers=workers,
             cond=prompt,
+            max_pixels=max_pixels,
+            retry_failed=retry,
             progress=progress,
         )
     failed = store.failures.num_rows
@@ -197,6 +205,7 @@ def extract(
         _say(f"{failed} of {len(store) + failed} images failed, all in {out / 'failures.parquet'}; the first:")
         for row in store.failures.slice(0, 3).to_pylist():
             _say(f"  {row['path']}: {row['error']}")
+        _say("The same command with --retry tries them again.")
     if as_json:
         _print_json({"images": len(store), "failed": failed, "keys": list(store.keys), "out": str(out)})
     else:
@@ -253,14 +262,17 @@ def visualize(
     """
     from repkit.images import Resize
     from repkit.listing import list_images
+    from repkit.shards import made, publish
     from repkit.tasks.building import build_extractor
     from repkit.tasks.visualize import visualize as draw
 
     paths = [Path(path) for path in list_images(images)["path"].to_pylist()[:most]]
     extractor = build_extractor(model, taps or [], resize=Resize(size) if size else None, seed=seed, device=device)
     picture, keys = draw(paths, extractor, side=side)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(out, "PNG")
+    content = BytesIO()
+    picture.save(content, "PNG")
+    with made(out.parent):
+        publish(out.parent, {out.name: content.getvalue()})
     _say(f"rows: images, {', '.join(keys)}")
     print(out)
 
@@ -344,6 +356,15 @@ def pretrain(context: typer.Context) -> None:
     train(context.args)
 
 
+@contextmanager
+def _blaming(option: str, value: str | None) -> Iterator[None]:
+    """Let a ValueError that comes from the value of an option name the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}" if value is not None else str(error)) from error
+
+
 def _bytes(count: int) -> str:
     units = ["B", "kB", "MB", "GB", "TB"]
     power = min(max(len(str(count)) - 1, 0) // 3, len(units) - 1)
@@ -400,6 +421,8 @@ def _explain(error: Exception) -> str | None:
         return f"{error.format_message().rstrip('.')} (see {context.command_path if context else 'repkit'} --help)"  # type: ignore[attr-defined]
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         way = "; that is in the way, choose another place" if error.errno in _IN_THE_WAY else ""
+        if error.errno in _FULL and ";" not in error.strerror:
+            way = "; make room, or choose another place"
         return f"{error.filename}: {error.strerror}{way}"
     # torch tells of too little memory in RuntimeErrors of several kinds.
     memory = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error))

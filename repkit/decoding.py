@@ -4,14 +4,15 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from queue import SimpleQueue
@@ -23,10 +24,13 @@ from PIL import Image, ImageFile
 
 from repkit.images import Resize, decode
 
+MAX_PIXELS = 50_000_000  # of an image, as for `decode`
 MAX_FILE_BYTES = 1 << 30  # a file is read whole, so that what is hashed is what is decoded
 AHEAD = 2  # batches decoded while the model works on one: this bounds the memory
 ATTEMPTS = 2
 START_SECONDS, DECODE_SECONDS = 300.0, 120.0
+
+_SOURCE = re.compile(r"image of \d+ bytes: ")  # what `decode` calls it; errors stand beside the path
 
 # -c and not -m or multiprocessing: the caller's script is not imported a second time, so it needs no __main__ guard.
 # Ctrl-C reaches every process of a terminal; the one that exports decides what it means.
@@ -51,16 +55,16 @@ class Decoded:
     error: str | None = None
 
 
-def read_image(path: str, resize: Resize) -> Decoded:
+def read_image(path: str, resize: Resize, max_pixels: int = MAX_PIXELS) -> Decoded:
     """Read a file once; hash, decode and resize what was read. No file makes this raise."""
     try:
         content = _read_file(path)
-        image = decode(content)
+        image = decode(content, max_pixels=max_pixels)
         pixels, mask = resize(image)
     except OSError as error:
         return Decoded(error=error.strerror or str(error))
     except (ValueError, MemoryError) as error:
-        return Decoded(error=str(error) or type(error).__name__)
+        return Decoded(error=_SOURCE.sub("", str(error)) or type(error).__name__)
     return Decoded(pixels, mask, image.size, hashlib.sha256(content).hexdigest())
 
 
@@ -75,7 +79,7 @@ def _read_file(path: str) -> bytes:
 
 
 def decode_ahead(
-    batches: Iterable[Sequence[str]], resize: Resize, workers: int
+    batches: Iterable[Sequence[str]], resize: Resize, workers: int, max_pixels: int = MAX_PIXELS
 ) -> Generator[list[Decoded], None, None]:
     """Each batch of paths decoded, in order, at most AHEAD batches before it is asked for.
 
@@ -84,19 +88,21 @@ def decode_ahead(
     the processes do not start. Close the iterator to end threads and processes early.
     """
     if workers == 0:
-        yield from ([read_image(path, resize) for path in batch] for batch in batches)
+        with _allowing(max_pixels):
+            yield from ([read_image(path, resize, max_pixels) for path in batch] for batch in batches)
         return
-    processes = [Process(resize) for _ in range(workers)] if workers > 1 else []
-    read = _shared(processes) if processes else lambda path: read_image(path, resize)
+    processes = [Process(resize, max_pixels) for _ in range(workers)] if workers > 1 else []
+    read = _shared(processes) if processes else lambda path: read_image(path, resize, max_pixels)
     threads = ThreadPoolExecutor(workers, thread_name_prefix="repkit-decode")
     waiting: deque[list[Future[Decoded]]] = deque()
     try:
-        for batch in batches:
-            waiting.append([threads.submit(read, path) for path in batch])
-            if len(waiting) > AHEAD:
+        with _allowing(max_pixels):
+            for batch in batches:
+                waiting.append([threads.submit(read, path) for path in batch])
+                if len(waiting) > AHEAD:
+                    yield [future.result() for future in waiting.popleft()]
+            while waiting:
                 yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
         for process in processes:
@@ -104,6 +110,18 @@ def decode_ahead(
         threads.shutdown()  # every thread has seen the end of its process: nobody reads its pipes any more
         for process in processes:
             process.end()
+
+
+@contextmanager
+def _allowing(max_pixels: int) -> Iterator[None]:
+    """Keep PIL from refusing, by a limit of its own for the whole process, what `max_pixels` lets pass."""
+    before = Image.MAX_IMAGE_PIXELS
+    if before is not None:
+        Image.MAX_IMAGE_PIXELS = max(before, max_pixels)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _shared(processes: Sequence["Process"]) -> Callable[[str], Decoded]:
@@ -128,8 +146,8 @@ class Process:
     It is asked by a line of JSON, the path; it answers by JSON after its length, then the bytes of pixels and mask.
     """
 
-    def __init__(self, resize: Resize) -> None:
-        self._resize = resize
+    def __init__(self, resize: Resize, max_pixels: int = MAX_PIXELS) -> None:
+        self._resize, self._max_pixels = resize, max_pixels
         self._popen: subprocess.Popen[bytes] | None = None
         self._killed = False
 
@@ -167,7 +185,8 @@ class Process:
         settings = {
             "size": self._resize.shape,
             "policy": self._resize.policy,
-            "max_pixels": Image.MAX_IMAGE_PIXELS,
+            "max_pixels": self._max_pixels,
+            "pil_pixels": Image.MAX_IMAGE_PIXELS,
             "truncated": ImageFile.LOAD_TRUNCATED_IMAGES,
         }
         arguments = [json.dumps([path or os.getcwd() for path in sys.path]), json.dumps(settings)]
@@ -218,16 +237,16 @@ def _exactly(popen: subprocess.Popen[bytes], count: int) -> bytearray:
     return content
 
 
-def serve(size: Sequence[int], policy: Any, max_pixels: int | None, truncated: bool) -> None:
+def serve(size: Sequence[int], policy: Any, max_pixels: int, pil_pixels: int | None, truncated: bool) -> None:
     """What a decoding process does: answer a path on each line of standard input until there are no more."""
-    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, truncated
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = pil_pixels, truncated
     resize = Resize((size[0], size[1]), policy)
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get between the answers
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the exporting process has gone: go too, without a word
     _send(out, {"ready": True})
     for line in sys.stdin.buffer:
-        one = read_image(json.loads(line), resize)
+        one = read_image(json.loads(line), resize, max_pixels)
         header = {"error": one.error, "size": one.size, "sha256": one.sha256, "mask": one.mask is not None}
         _send(out, header, *(part.tobytes() for part in (one.pixels, one.mask) if part is not None))
 

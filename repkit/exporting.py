@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import torch
 
+from repkit.decoding import MAX_PIXELS
 from repkit.extractors import Extractor
 from repkit.pipeline import Counts, Job, Progress, fill
 from repkit.planning import (
@@ -63,6 +64,8 @@ def export(
     shard_size: int = 1024,
     workers: int = 1,
     cond: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    retry_failed: bool = False,
     progress: Progress | None = None,
 ) -> FeatureStore:
     """Store the features of images in the folder `out`, going on where an interrupted export of the same has stopped.
@@ -72,13 +75,16 @@ def export(
     where they would pass 256 MiB. workers decode: 0 in line, 1 in a thread, n >= 2 in as many processes (they do not
     import the caller's script, so it needs no `__main__` guard). cond: a text told with each image, with fields
     {label}, {split}, {id} and {prompt}; None is the list's prompt column where it is filled, else the extractor's own.
+    max_pixels: a larger image is a failure. retry_failed: do the shards again that have failures; else these stay.
     progress: called with the images done, their number and the failed ones, after each batch.
 
-    An image that cannot be read, or whose features are not finite, becomes a row of `failures`. Raises ValueError for
-    settings that make no sense, and for a folder that holds something else; OSError where it cannot be written; then,
-    as after Ctrl-C or a kill, the same call goes on.
+    An image that cannot be read, or whose features are not finite, becomes a row of `failures`. Going on keeps the list
+    of images, and the features that are there: an image edited in place since is not noticed (`table` has the sha256 of
+    the file that was read). Raises ValueError for settings that make no sense, and for a folder that holds something
+    else, such as the features of images at another place; OSError where it cannot be written; then, as after Ctrl-C or
+    a kill, the same call goes on.
     """
-    _check_sizes(batch_size=batch_size, shard_size=shard_size, workers=workers + 1)
+    _check_sizes(batch_size=batch_size, shard_size=shard_size, workers=workers + 1, max_pixels=max_pixels)
     listing, folder = make_listing(images), Path(out)
     need = estimate_bytes(len(listing), extractor, pool, dtype)
     check_conditions(extractor, make_conditions(listing.table, cond))
@@ -87,7 +93,9 @@ def export(
         _check_space(folder, need)
         listing, manifest = begin(folder, listing, wanted)
         conds = make_conditions(listing.table, cond)
-        job = Job(folder, listing, conds, extractor, pool, DTYPES[dtype], batch_size, workers)
+        if retry_failed:
+            manifest = _drop_failed(folder, manifest, len(listing))
+        job = Job(folder, listing, conds, extractor, pool, DTYPES[dtype], batch_size, workers, max_pixels)
         timing = _complete(job, manifest, progress or (lambda done, total, failed: None))
     store = FeatureStore(folder)
     store.timing = timing
@@ -155,6 +163,22 @@ def _complete(job: Job, manifest: Manifest, progress: Progress) -> Timing:
     timing = Timing(counts.done - first, job.workers, **spent, total=perf_counter() - started)
     _log.info("%s", timing.sentence)
     return timing
+
+
+def _drop_failed(folder: Path, manifest: Manifest, images: int) -> Manifest:
+    """Remove the shards with failures, so that they are done again; the manifest, which is complete no longer."""
+    records = {
+        one: shard_record(folder, one, list(manifest["taps"])) for one in shards_of(images, manifest["shard_size"])
+    }
+    failed = [shard for shard, record in records.items() if record is not None and record["failures"]]
+    if not failed:
+        return manifest
+    manifest = {key: value for key, value in manifest.items() if key not in ("sha256", "shards")} | {"complete": False}
+    publish(folder, {MANIFEST: manifest_bytes(manifest)})
+    for shard in failed:
+        for name in shard.files:
+            (folder / name).unlink(missing_ok=True)
+    return manifest
 
 
 def _seal(folder: Path, manifest: Manifest, records: Sequence[dict[str, Any] | None]) -> None:

@@ -12,7 +12,7 @@ import faiss
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from repkit.shards import parquet_bytes, publish, sha256
+from repkit.shards import made, parquet_bytes, publish, sha256
 
 FORMAT, VERSION = "repkit-index", 1
 VECTORS, ITEMS, MANIFEST = "index.faiss", "items.parquet", "manifest.json"
@@ -21,8 +21,12 @@ DESCRIBED = ("metric", "kind", "key", "pool", "identity", "provenance")  # what 
 
 def write_index(folder: Path, vectors: Any, items: pa.Table, described: Mapping[str, Any]) -> None:
     """Put the three files in place, the manifest last; ValueError for a folder that holds anything but an index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_replaceable(folder)
+    with made(folder):
+        _check_replaceable(folder)
+        _publish(folder, vectors, items, described)
+
+
+def _publish(folder: Path, vectors: Any, items: pa.Table, described: Mapping[str, Any]) -> None:
     files = {VECTORS: faiss.serialize_index(vectors).tobytes(), ITEMS: parquet_bytes(items)}
     manifest = {
         "format": FORMAT,

@@ -14,7 +14,11 @@ import pyarrow.parquet
 from repkit.images import EXTENSIONS
 
 COLUMNS = ("id", "path", "label", "split", "prompt")
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 _LISTS = (".csv", ".parquet")
 _log = logging.getLogger("repkit")
 
@@ -24,15 +28,17 @@ def list_images(source: str | Path | Sequence[str | Path], *, splits: bool = Tru
 
     `source` is one of
     - a folder: every image below it, sorted by id; symbolic links are followed, hidden names left out. Where no image
-      lies directly in it, its sub-folders are classes; where these are all called train, val (valid, validation) or
-      test, they are splits, each again plain or of classes (`splits=False`: classes);
+      lies directly in it, its sub-folders are classes; where these are all called train (training), val (valid,
+      validation, dev) or test (testing), in any case, they are splits, each again plain or of classes (`splits=False`:
+      classes);
     - a .csv or .parquet list with a column path (relative to the list's folder, or absolute) and any of id, label,
-      split, prompt, in its order; splits called valid or validation are called val;
+      split, prompt, in its order; splits are renamed train, val and test from the other names above;
     - one image file, or a sequence of paths, in its order.
 
     `id` is unique: the POSIX path relative to the root (absolute for an absolute one outside); `path` is absolute.
-    Files need not exist, nor be readable. Raises ValueError where there is no image, for a list without its column,
-    unreadable or empty, and for duplicate ids; OSError where `source` or a folder below it cannot be read.
+    Files need not exist, nor be readable; one whose name is not valid UTF-8 is listed with its bytes as \\xNN, a file
+    that does not exist. Raises ValueError where there is no image, for a list without its column, unreadable or empty,
+    for duplicate ids, and for a root whose name is not UTF-8; OSError where `source` or a folder below cannot be read.
     """
     if not isinstance(source, (str, Path)):
         return _sequence([os.path.abspath(path) for path in source])
@@ -65,6 +71,10 @@ def _folder(root: str, splits: bool) -> pa.Table:
     tops = [part[0] if split_of else "" for part in parts]  # the folder whose sub-folders are classes
     below = [part[1:] if split_of else part for part in parts]
     flat = {top for top, rest in zip(tops, below, strict=True) if len(rest) == 1}
+    deep = {top for top, rest in zip(tops, below, strict=True) if len(rest) > 1}
+    _warn_of_strays(
+        root, [name for name, top, rest in zip(ids, tops, below, strict=True) if len(rest) == 1 and top in deep]
+    )
     columns: dict[str, Sequence[str | None]] = {
         "id": ids,
         "path": [os.path.join(root, name) for name in ids],
@@ -72,6 +82,12 @@ def _folder(root: str, splits: bool) -> pa.Table:
         "split": [split_of.get(top) for top in tops],
     }
     return _table(root, columns)
+
+
+def _warn_of_strays(root: str, strays: list[str]) -> None:
+    if strays:
+        message = "%d images in %s lie beside folders, which are no labels therefore (else move them away): %s"
+        _log.warning(message, len(strays), root, ", ".join(strays[:5]))
 
 
 def _splits(parts: list[tuple[str, ...]]) -> dict[str, str]:
@@ -168,9 +184,18 @@ def _table(root: str, columns: Mapping[str, Sequence[str | None]]) -> pa.Table:
     if twice:
         some = ", ".join(map(str, twice[:5]))
         raise ValueError(f"{len(twice)} ids occur more than once: {some}; list each image once")
+    if _readable(root) != root:
+        raise ValueError(f"the folder name {root!r} is not valid UTF-8; rename it")
     schema = pa.schema([(name, pa.string()) for name in COLUMNS], metadata={"root": root})
-    filled = {name: columns.get(name, [None] * len(columns["id"])) for name in COLUMNS}
-    try:
-        return pa.table(filled, schema=schema)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the file name {error.object!r} is not valid UTF-8; rename it") from error
+    filled = {name: list(map(_readable, columns.get(name, [None] * len(columns["id"])))) for name in COLUMNS}
+    strange = [new for old, new in zip(columns["path"], filled["path"], strict=True) if old != new]
+    if strange:
+        _log.warning(
+            "%d file names are not valid UTF-8, rename them: %s", len(strange), ", ".join(map(str, strange[:5]))
+        )
+    return pa.table(filled, schema=schema)
+
+
+def _readable(name: str | None) -> str | None:
+    """The name as Unicode text, which Arrow and JSON need; other bytes are written as \\xNN."""
+    return name and os.fsencode(name).decode("utf-8", "backslashreplace")

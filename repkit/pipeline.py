@@ -38,6 +38,7 @@ class Job:
     dtype: torch.dtype
     batch_size: int
     workers: int
+    max_pixels: int
 
 
 class Counts:
@@ -55,7 +56,8 @@ def fill(job: Job, shards: Sequence[Shard], spent: dict[str, float], counts: Cou
     """Extract and write shards; files are decoded before, and written while, the model works on others."""
     batches = [batch for shard in shards for batch in shard.batches(job.batch_size)]
     paths = ([job.listing.paths[index] for index in batch] for batch in batches)
-    with closing(decode_ahead(paths, job.extractor.resize, job.workers)) as decoded, _writer() as write:
+    ahead = decode_ahead(paths, job.extractor.resize, job.workers, job.max_pixels)
+    with closing(ahead) as decoded, _writer() as write:
         for shard in shards:
             parts: list[dict[str, Tensor]] = []
             rows: list[dict[str, Any]] = []

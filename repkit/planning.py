@@ -20,6 +20,7 @@ from repkit.listing import list_images
 from repkit.shards import (
     LIST,
     MANIFEST,
+    is_part,
     manifest_bytes,
     parquet_bytes,
     publish,
@@ -74,7 +75,7 @@ def make_conditions(table: pa.Table, cond: str | None) -> list[str] | None:
         if 0 < missing < len(prompts):
             raise ValueError(f"{missing} of {len(prompts)} images have no prompt; fill all of that column or none")
         return None if missing else prompts
-    fields = {name for _, name, _, _ in Formatter().parse(cond) if name is not None}
+    fields = _fields(cond)
     unknown = sorted(fields - {*FIELDS})
     if unknown:
         raise ValueError(f"no field {{{unknown[0]}}} for cond={cond!r}; have {', '.join(FIELDS)}")
@@ -86,7 +87,25 @@ def make_conditions(table: pa.Table, cond: str | None) -> list[str] | None:
             )
     columns = {name: table[name].to_pylist() for name in fields}
     rows = ({name: columns[name][index] for name in fields} for index in range(table.num_rows))
-    return [cond.format(**row) for row in rows]
+    return [_filled(cond, row) for row in rows]
+
+
+def _fields(cond: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in Formatter().parse(cond) if name is not None}
+    except ValueError as error:
+        raise _no_template(cond, error) from error
+
+
+def _filled(cond: str, row: Mapping[str, str]) -> str:
+    try:
+        return cond.format(**row)
+    except ValueError as error:
+        raise _no_template(cond, error) from error
+
+
+def _no_template(cond: str, error: ValueError) -> ValueError:
+    return ValueError(f"cond={cond!r} is no template ({error}); write fields as {{label}} and braces as {{{{ and }}}}")
 
 
 def check_conditions(extractor: Extractor, conds: list[str] | None) -> None:
@@ -156,14 +175,15 @@ def begin(folder: Path, listing: Listing, wanted: Manifest) -> tuple[Listing, Ma
 
     Raises ValueError for a folder with other things in it, a store of another identity or of other images.
     """
-    remove_parts(folder)
     if not (folder / MANIFEST).exists():
-        others = [path.name for path in folder.iterdir() if path.name != LIST]
+        others = [path.name for path in folder.iterdir() if not is_part(path.name) and not _is_own_list(path)]
         if others:
             raise ValueError(f"{folder} is no feature store and not empty (it has {others[0]}); choose another folder")
+        remove_parts(folder)
         publish(folder, {LIST: parquet_bytes(listing.table), MANIFEST: manifest_bytes(wanted)})
         return listing, wanted
     manifest = read_manifest(folder)
+    remove_parts(folder)
     differences = identity_differences(wanted["identity"], manifest["identity"])
     if differences:
         raise ValueError(
@@ -178,25 +198,43 @@ def begin(folder: Path, listing: Listing, wanted: Manifest) -> tuple[Listing, Ma
     return stored, manifest
 
 
+def _is_own_list(path: Path) -> bool:
+    """Whether it is what a kill just before the first manifest has left, and not a user's list of the same name."""
+    try:
+        return path.name == LIST and b"root" in (read_parquet(path).schema.metadata or {})
+    except (pa.ArrowException, OSError):
+        return False
+
+
 def _stored_listing(folder: Path, now: Listing, prompted: bool) -> Listing:
-    """The list the store was begun with; images that are still listed are read from where they are now."""
+    """The list the store was begun with, which stays; ValueError where the images now are others of the same names."""
     table = read_parquet(folder / LIST)
     root = table.schema.metadata[b"root"].decode()
     places = dict(zip(now.table["id"].to_pylist(), now.paths, strict=True))
     ids = table["id"].to_pylist()
+    paths = [os.path.join(root, path) for path in table["path"].to_pylist()]
     gone, come = [name for name in ids if name not in places], sorted(places.keys() - {*ids})
     if len(gone) == len(ids):
         raise ValueError(
             f"{folder} is the store of other images: none of its {len(ids)} is given; choose another folder"
         )
+    _check_places(folder, {name: (path, places[name]) for name, path in zip(ids, paths, strict=True) if name in places})
     for names, what in ((gone, "went"), (come, "came")):
         if names:
-            _log.warning(
-                "%d images %s since %s was begun, whose list stays: %s", len(names), what, folder, ", ".join(names[:5])
-            )
+            message = "%d images %s since %s was begun, which keeps its own list (another one needs another folder): %s"
+            _log.warning(message, len(names), what, folder, ", ".join(names[:5]))
     _compare_rows(folder, table, now.table, prompted)
-    paths = [os.path.join(root, path) for path in table["path"].to_pylist()]
-    return Listing(table, [places.get(name, path) for name, path in zip(ids, paths, strict=True)])
+    return Listing(table, paths)
+
+
+def _check_places(folder: Path, places: Mapping[str, tuple[str, str]]) -> None:
+    """Raise ValueError where an id's file then and now are not the same: other folders have files of the same names."""
+    for before, now in places.values():
+        if before != now and os.path.realpath(before) != os.path.realpath(now):
+            raise ValueError(
+                f"{folder} was made from {before}, not from {now}; choose another folder, "
+                "also for the same images at another place"
+            )
 
 
 def _compare_rows(folder: Path, stored: pa.Table, now: pa.Table, prompted: bool) -> None:

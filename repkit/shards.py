@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -29,6 +30,9 @@ ROWS = pa.schema(
 FAILED = pa.schema([("path", pa.string()), ("error", pa.string())])
 
 _PART = ".part"  # what a file is called until all of it is on the disk
+_OWN_PART = re.compile(
+    r"(images\.parquet|manifest\.json|failures\.parquet|shard-\d{5,}(\.failures\.parquet|\.parquet|\.safetensors))\.part"
+)
 _log = logging.getLogger("repkit")
 
 
@@ -108,23 +112,57 @@ def publish(folder: Path, files: Mapping[str, bytes]) -> None:
 
     A crash, a kill or a power cut leaves at most files that end in `.part`. Raises OSError where writing fails.
     """
+    parts = {name: folder / (name + _PART) for name in files}
     try:
         for name, content in files.items():
-            with open(folder / (name + _PART), "wb") as file:
+            with _named(folder / name), open(parts[name], "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
         for name in files:
-            os.replace(folder / (name + _PART), folder / name)
+            with _named(folder / name):
+                os.replace(parts[name], folder / name)
         _sync_folder(folder)
     except BaseException:
-        remove_parts(folder)
+        _remove(parts.values())
         raise
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an OSError name the file that was to be written: `write` names none, and `open` the temporary one."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """A folder to write into; where that fails, a folder that was not there before goes again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new:
+            with suppress(OSError):  # not empty: it is kept
+                folder.rmdir()
+        raise
+
+
+def is_part(name: str) -> bool:
+    """Whether an interrupted write of a store leaves files of such a name; others that end so are the user's."""
+    return _OWN_PART.fullmatch(name) is not None
+
+
 def remove_parts(folder: Path) -> None:
-    """Remove what an interrupted write has left."""
-    for path in folder.glob(f"*{_PART}"):
+    """Remove what an interrupted write of a store has left."""
+    _remove(path for path in folder.iterdir() if is_part(path.name))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
         with suppress(OSError):
             path.unlink()
 

@@ -162,7 +162,10 @@ print("loaded", [name for name in {heavy} if name in sys.modules])
         ("extract {clothes} -m mini-unet -t mid@50 -o {out} --resize pad", ["--size"]),
         ("extract {clothes} -m mini-unet -t mid@50 -o {out} --prompt kaftan", ["kaftan", "trouser"]),
         ("extract {clothes} -m mini-unet -t mid@50 -o {out} --prompt kaftan --dry-run", ["kaftan", "trouser"]),
-        ("extract {flat} -m mini-unet -t mid@50 -o {out} --prompt {{label}}", ["no label"]),
+        ("extract {flat} -m mini-unet -t mid@50 -o {out} --prompt {{label}}", ["--prompt", "no label"]),
+        ("extract {flat} -m mini-unet -t mid@50 -o {out} --prompt {{foo", ["--prompt", "'{foo'", "template"]),
+        ("extract {flat} -m mini-unet -t mid@50 -o {out} --seed 9223372036854775808", ["seed=9223372036854775808"]),
+        ("extract {flat} -m mini-unet -t mid@50 -o {out} --max-pixels 0", ["--max-pixels"]),
         ("extract {clothes} -m mini-unet -t mid@50 -o {out} --device abacus", ["abacus", "cpu"]),
         ("extract {clothes} -m mini-unet -t mid@50 -o {clothes}", ["no feature store", "another folder"]),
         ("probe {clothes}", ["no feature store"]),
@@ -245,8 +248,18 @@ def test_some_images_failed(repkit, tmp_path):
     code, stdout, err = repkit("extract", images, "-m", "mini-unet", "-t", "mid@50", "-o", out, "--json")
     assert code == 3
     assert json.loads(stdout) == {"images": 3, "failed": 1, "keys": ["mid@50"], "out": str(out)}
-    assert "1 of 4 images failed" in err and "zz.png" in err and "failures.parquet" in err
+    assert "1 of 4 images failed" in err and f"{images / 'zz.png'}: not a PNG" in err and "failures.parquet" in err
     assert FeatureStore(out).table["id"].to_pylist() == ["000.png", "001.png", "002.png"]
+    assert "--retry" in err.splitlines()[-1]
+
+
+def test_failed_images_are_tried_again(repkit, tmp_path):
+    images = write_images(tmp_path / "images", 3)
+    command = ("extract", images, "-m", "mini-unet", "-t", "mid@50", "-o", tmp_path / "out")
+    assert repkit(*command, "--max-pixels", 319)[0] == 4
+    assert repkit(*command)[0] == 4
+    assert repkit(*command, "--retry")[0] == 0
+    assert len(FeatureStore(tmp_path / "out")) == 3
 
 
 def test_no_image_succeeded(repkit, tmp_path):
@@ -293,6 +306,22 @@ def test_no_space_left_is_code_5_and_goes_on_after(repkit, flat, tmp_path):
         assert len(FeatureStore(disk / "out")) == 3
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    "command", ["index {store} --key mid@50 -o {out}", "visualize {flat} -m mini-unet -t mid@50 -o {out}/x.png"]
+)
+def test_a_full_disk_leaves_nothing_and_is_one_line(command, repkit, flat, store, tmp_path):
+    """A limit on the size of files stands in for a disk that is full."""
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        result = repkit(*command.format(flat=flat, store=store, out=out).split())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    check_refused(result, 5, str(out), "File too large", "make room")
+    assert not out.exists()
 
 
 def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):

@@ -1,4 +1,5 @@
 import hashlib
+import inspect
 import os
 import threading
 import time
@@ -6,6 +7,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from repkit import decoding
 from repkit.decoding import AHEAD, Process, decode_ahead, read_image
@@ -49,7 +51,8 @@ def test_read_image(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.write_bytes(b""), "image of 0 bytes: not a PNG"),
+        (lambda path: path.write_bytes(b""), "not a PNG"),
+        (lambda path: write_image(path, 0).write_bytes(path.read_bytes()[:99]), "truncated"),
         (lambda path: path.mkdir(), "not a regular file"),
         (lambda path: os.mkfifo(path), "not a regular file"),
         (lambda path: None, "No such file"),
@@ -60,6 +63,22 @@ def test_what_is_no_image_has_an_error(make, message, tmp_path):
     make(tmp_path / "x.png")
     found = read_image(str(tmp_path / "x.png"), Resize(8))
     assert found.pixels is None and found.error is not None and message in found.error
+    assert "bytes:" not in found.error
+
+
+def test_max_pixels_is_that_of_decode():
+    assert inspect.signature(decode).parameters["max_pixels"].default == decoding.MAX_PIXELS
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_max_pixels_decides_what_is_too_large(workers, tmp_path, monkeypatch):
+    path = str(write_image(tmp_path / "x.png", 0, (20, 15)))
+    with closing(decode_ahead([[path]], Resize(8), workers, 299)) as decoded:
+        assert "15x20 pixels, over the limit of 299" in str(next(decoded)[0].error)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # PIL warns above, and refuses the double
+    with closing(decode_ahead([[path]], Resize(8), workers, 300)) as decoded:
+        assert next(decoded)[0].error is None
+    assert Image.MAX_IMAGE_PIXELS == 100
 
 
 def test_a_file_too_large_to_hold_is_not_read(tmp_path):

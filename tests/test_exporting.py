@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import timm
 import torch
@@ -24,7 +25,7 @@ from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import Features
 from repkit.images import Resize
 from repkit.listing import list_images
-from repkit.shards import locked
+from repkit.shards import locked, publish
 from repkit.store import FeatureStore
 from tests.export_cases import TAPS, hashes, tiny_extractor, tiny_unet, write_image, write_images
 
@@ -214,11 +215,42 @@ def test_two_exports_into_one_folder(images, extractor, tmp_path):
     assert len(export(images, extractor, tmp_path)) == 11
 
 
-def test_a_folder_with_other_things_is_left_alone(images, extractor, tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="thesis.tex"):
+@pytest.mark.parametrize("name", ["thesis.tex", "movie.mkv.part"])
+def test_a_folder_with_other_things_is_left_alone(name, images, extractor, tmp_path):
+    (tmp_path / name).write_text("years of work")
+    (tmp_path / "manifest.json.part").write_text("of a store that was never begun")
+    before = hashes(tmp_path)
+    with pytest.raises(ValueError, match=name):
         export(images, extractor, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert hashes(tmp_path) == before
+
+
+def test_a_list_of_the_user_is_not_written_over(images, extractor, tmp_path):
+    path = tmp_path / "images.parquet"
+    pa.parquet.write_table(pa.table({"path": [str(images / "000.png")]}), path)
+    before = hashes(tmp_path)
+    with pytest.raises(ValueError, match="it has images.parquet"):
+        export(path, extractor, tmp_path)
+    assert hashes(tmp_path) == before
+
+
+def test_only_what_a_store_has_left_is_removed(images, extractor, tmp_path):
+    (tmp_path / "manifest.json.part").write_text("of a store that was never begun")
+    export(images, extractor, tmp_path)
+    own, foreign = ("shard-00000.parquet.part", "images.parquet.part"), ("movie.mkv.part", "shard-x.parquet.part")
+    for name in (*own, *foreign):
+        (tmp_path / name).write_text("left over")
+    export(images, extractor, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.part")} == {*foreign}
+
+
+def test_a_write_that_fails_removes_its_own_files_and_names_the_one(tmp_path):
+    (tmp_path / "movie.mkv.part").write_text("precious")
+    (tmp_path / "b").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        publish(tmp_path, {"a": b"1", "b": b"2"})
+    assert error.value.filename == str(tmp_path / "b")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "movie.mkv.part"}
 
 
 def test_files_that_came_or_went_are_told_and_the_list_stays(extractor, tmp_path, caplog):
@@ -233,13 +265,90 @@ def test_files_that_came_or_went_are_told_and_the_list_stays(extractor, tmp_path
     assert store.failures.to_pylist() == [{"path": str(source / "005.png"), "error": "No such file or directory"}]
 
 
-def test_images_that_moved_are_read_where_they_are(extractor, tmp_path):
-    source = write_images(tmp_path / "here", 5)
-    export(source, extractor, tmp_path / "out", shard_size=2)
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_store_is_of_one_place(complete, listed, extractor, tmp_path):
+    """Images of the same names elsewhere are others; the same place by another way is the same."""
+    here, there = write_images(tmp_path / "here", 5), tmp_path / "there"
+    shutil.copytree(here, there)
+    (tmp_path / "link").symlink_to(here)
+
+    def given(folder):
+        return sorted(folder.iterdir()) if listed else folder
+
+    export(given(here), extractor, tmp_path / "out", shard_size=2)
+    whole = hashes(tmp_path / "out")
+    if not complete:
+        (tmp_path / "out" / "shard-00001.parquet").unlink()
     before = hashes(tmp_path / "out")
-    (tmp_path / "out" / "shard-00001.parquet").unlink()
-    export(source.rename(tmp_path / "there"), extractor, tmp_path / "out", shard_size=2)
+    with pytest.raises(ValueError, match=f"was made from {here}.*, not from {there}.*another folder"):
+        export(given(there), extractor, tmp_path / "out", shard_size=2)
     assert hashes(tmp_path / "out") == before
+    export(given(tmp_path / "link"), extractor, tmp_path / "out", shard_size=2)
+    assert hashes(tmp_path / "out") == whole
+
+
+def write_mended(folder: Path) -> tuple[Path, Path]:
+    """Five images, of which two are broken, and the same five whole."""
+    good = write_images(folder / "good", 5)
+    bad = shutil.copytree(good, folder / "images")
+    for name in ("001.png", "004.png"):
+        (bad / name).write_bytes(b"")
+    return bad, good
+
+
+def test_failed_images_stay_until_they_are_tried_again(extractor, tmp_path):
+    source, good = write_mended(tmp_path)
+    out = tmp_path / "out"
+    assert export(source, extractor, out, shard_size=2).failures.num_rows == 2
+    before = hashes(out)
+    export(source, extractor, out, shard_size=2, retry_failed=True)
+    assert hashes(out) == before
+    shutil.copy(good / "001.png", source)
+    assert len(export(source, extractor, out, shard_size=2)) == 3
+    store = export(source, extractor, out, shard_size=2, retry_failed=True)
+    assert store.timing is not None and store.timing.images == 3  # the shards of 001 and of 004
+    assert (len(store), store.failures.num_rows) == (4, 1)
+    store.verify()
+
+
+def test_another_try_may_be_interrupted(extractor, tmp_path):
+    source, good = write_mended(tmp_path)
+    out = tmp_path / "out"
+    export(source, extractor, out, shard_size=2)
+    shutil.copytree(good, source, dirs_exist_ok=True)
+
+    def interrupt(done, total, failed):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(source, extractor, out, shard_size=2, retry_failed=True, progress=interrupt)
+    assert not FeatureStore(out).complete
+    export(source, extractor, out, shard_size=2)
+    export(source, extractor, tmp_path / "whole", shard_size=2)
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_max_pixels_of_an_export(extractor, tmp_path):
+    source = write_images(tmp_path / "images", 2)
+    write_image(source / "large.png", 9, (40, 40))
+    store = export(source, extractor, tmp_path / "out", max_pixels=1599)
+    assert [row["error"] for row in store.failures.to_pylist()] == [
+        "40x40 pixels, over the limit of 1599; shrink it or raise max_pixels"
+    ]
+    store = export(source, extractor, tmp_path / "out", max_pixels=1600, retry_failed=True)
+    assert (len(store), store.failures.num_rows) == (3, 0)
+
+
+def test_a_name_that_is_no_text_is_a_failure(extractor, tmp_path):
+    source = write_images(tmp_path / "images", 2)
+    try:
+        shutil.copy(source / "000.png", source / os.fsdecode(b"\xff.png"))
+    except OSError:
+        pytest.skip("this file system holds only names in UTF-8")
+    store = export(source, extractor, tmp_path / "out")
+    assert len(store) == 2
+    assert store.failures["path"].to_pylist() == [str(source / "\\xff.png")]
 
 
 def test_the_store_of_other_images_is_refused(images, extractor, tmp_path):
@@ -385,8 +494,11 @@ def test_a_file_that_cannot_be_written(images, extractor, tmp_path):
         ({"batch_size": 0}, "batch_size=0"),
         ({"shard_size": 0}, "shard_size=0"),
         ({"workers": -1}, "workers=-1; give at least 0"),
+        ({"max_pixels": 0}, "max_pixels=0"),
         ({"cond": "a photo of a {label}"}, "11 of 11 images have no label"),
         ({"cond": "a {thing}"}, "no field {thing}"),
+        ({"cond": "{foo"}, "cond='{foo' is no template"),
+        ({"cond": "{id:d}"}, "cond='{id:d}' is no template"),
         ({"cond": "a {label.__class__}"}, "no field"),
         ({"cond": "a cat"}, "unconditional"),
     ],

@@ -80,13 +80,24 @@ def test_class_folders_are_labels(tmp_path):
     ]
 
 
-def test_one_image_beside_the_folders_makes_them_plain(tmp_path):
-    touch(tmp_path, "cat/1.png", "dog/2.png", "cover.png")
-    assert {label for _, label, _ in listed(tmp_path)} == {None}
+@pytest.mark.parametrize("below", ["", "train/"])
+def test_one_image_beside_the_folders_makes_them_plain_and_is_named(tmp_path, caplog, below):
+    touch(tmp_path, f"{below}cat/1.png", f"{below}dog/2.png", f"{below}cover.png")
+    with caplog.at_level(logging.WARNING, "repkit"):
+        assert {label for _, label, _ in listed(tmp_path)} == {None}
+    assert f"1 images in {tmp_path} lie beside folders" in caplog.text and f"{below}cover.png" in caplog.text
+
+
+def test_nothing_is_said_of_images_alone_or_of_classes_alone(tmp_path, caplog):
+    touch(tmp_path, "train/1.png", "train/2.png", "test/cat/3.png", "test/dog/4.png")
+    with caplog.at_level(logging.WARNING, "repkit"):
+        assert [label for _, label, _ in listed(tmp_path)] == ["cat", "dog", None, None]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name, split", [("train", "train"), ("val", "val"), ("valid", "val"), ("validation", "val"),
-                                         ("test", "test"), ("Test", "test")])  # fmt: skip
+                                         ("test", "test"), ("Test", "test"), ("Training", "train"),
+                                         ("TESTING", "test"), ("dev", "val")])  # fmt: skip
 def test_split_folders(tmp_path, name, split):
     touch(tmp_path, f"{name}/cat/1.png", f"{name}/dog/x/2.png")
     assert listed(tmp_path) == [(f"{name}/cat/1.png", "cat", split), (f"{name}/dog/x/2.png", "dog", split)]
@@ -113,13 +124,18 @@ def test_names_of_any_script_and_spaces(tmp_path):
     assert list_images(tmp_path).column("id").to_pylist() == names
 
 
-def test_a_name_that_is_no_text_is_refused(tmp_path):
+def test_a_name_that_is_no_text_is_listed_by_its_bytes(tmp_path, caplog):
+    folder = tmp_path / os.fsdecode(b"\xfe")
     try:
-        (tmp_path / os.fsdecode(b"\xff.png")).touch()
+        folder.mkdir()
+        (folder / os.fsdecode(b"\xff.png")).touch()
     except OSError:
         pytest.skip("this file system holds only names in UTF-8")
+    with caplog.at_level(logging.WARNING, "repkit"):
+        assert listed(tmp_path) == [("\\xfe/\\xff.png", "\\xfe", None)]
+    assert "1 file names are not valid UTF-8, rename them" in caplog.text
     with pytest.raises(ValueError, match="not valid UTF-8; rename it"):
-        list_images(tmp_path)
+        list_images(folder)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
