@@ -143,7 +143,8 @@ def _results(models: Mapping[str, Mapping[str, Any]]) -> str:
     return f"""# Results
 
 Made by `python benchmarks/models.py`; what is measured, and how, is at the top of that file. Accuracy in percent, with
-the 95 % interval of the test images.
+the 95 % interval of the test images. The models are class-conditional: in training they were told the class of nine
+images in ten. The probes' features are taken with the null class.
 
 | model | probe | untrained, best of {CONTROLS} seeds | raw pixels | over untrained | over pixels | zero-shot |
 |---|---|---|---|---|---|---|
