@@ -32,7 +32,7 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]  # newer typers
 
 
 Policy = Literal["crop", "squash", "pad"]
-Noise = Literal["image", "shared", "fresh"]
+Noise = Literal["image", "shared"]
 Precision = Literal["float32", "bfloat16", "float16"]
 HeadName = Literal["ridge", "logistic", "knn"]
 Metric = Literal["cosine", "ip", "l2"]

@@ -162,6 +162,7 @@ class DinoExtractor(Extractor):
         return {
             "extractor": "dino",
             "weights": self.weights_hash,
+            "heads": [getattr(getattr(block, "attn", None), "num_heads", None) for block in self.model.blocks],
             "taps": list(self.readings),
             "resize": self.resize.identity,
             "decoder": decoder_identity(),

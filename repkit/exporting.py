@@ -85,6 +85,7 @@ def export(
     a kill, the same call goes on.
     """
     _check_sizes(batch_size=batch_size, shard_size=shard_size, workers=workers + 1, max_pixels=max_pixels)
+    _check_repeatable(extractor)
     listing, folder = make_listing(images), Path(out)
     need = estimate_bytes(len(listing), extractor, pool, dtype)
     check_conditions(extractor, make_conditions(listing.table, cond))
@@ -112,6 +113,14 @@ def estimate_bytes(images: int, extractor: Extractor, pool: str = "mean", dtype:
 def _image_bytes(extractor: Extractor, pool: str, dtype: str) -> int:
     values = sum(math.prod(pooled_shape(shape, pool)) for shape in extractor.shapes.values())
     return values * DTYPES[dtype].itemsize
+
+
+def _check_repeatable(extractor: Extractor) -> None:
+    """Refuse what gives other values at each call: a store of it could be neither resumed nor searched."""
+    identity = extractor.identity
+    for name, value, remedy in (("noise", "fresh", "image"), ("latent", "sample", "mode")):
+        if identity.get(name) == value:
+            raise ValueError(f"{name}={value!r} is different each time and cannot be stored; use {name}={remedy!r}")
 
 
 def _check_sizes(**sizes: int) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from repkit.backbones.base import Backbone, Block, Cond, Condition
-from repkit.features import Features, Identity, check_finite
+from repkit.features import Features, Identity, check_finite, identity_hash
 from repkit.images import Resize, decode, decoder_identity, digest, to_tensor, to_uint8
 from repkit.noise import NOISE_VERSION, SHARED, batch_noise
 from repkit.taps import Time, parse_taps
@@ -64,6 +64,11 @@ def prepare(images: Images, resize: Resize, device: torch.device) -> Batch:
         if images.ndim != 4 or images.shape[1] != 3 or not len(images) or not images.is_floating_point():
             raise ValueError(
                 f"images of shape {tuple(images.shape)} and {images.dtype}; give float tensors [b 3 H W], RGB in [0, 1]"
+            )
+        low, high = images.detach().aminmax()
+        if not (low >= -1e-6 and high <= 1 + 1e-6):  # true for NaN as well
+            raise ValueError(
+                f"images range from {low:g} to {high:g}; scale them to [0, 1] (8-bit values: divide by 255)"
             )
         return Batch(images.to(device, torch.float32))
     if not isinstance(images, Sequence) or isinstance(images, str):
@@ -130,8 +135,7 @@ class DiffusionExtractor(Extractor):
         grad=True keeps the graph, so that features can be differentiated with respect to the images. Non-finite
         features raise FloatingPointError, unless check=False leaves them to the caller.
         """
-        if self.backbone.model.training:
-            raise ValueError(f"{self.backbone.name} is in training mode; call backbone.model.eval() first")
+        self.backbone.check_frozen()
         batch = prepare(images, self.resize, self.backbone.device)
         height, width = batch.images.shape[-2:]
         self.backbone.check_size(height, width)
@@ -190,6 +194,7 @@ class DiffusionExtractor(Extractor):
             "taps": {key: self._resolved(level) for key, level in self.levels.items()},
             "resize": self.resize.identity,
             "decoder": decoder_identity(),
+            "classes": identity_hash({"names": list(self.backbone.class_names or [])}),
             "cond": _plain(self.cond),
             "draws": self.draws,
             "seed": self.seed,
@@ -203,7 +208,8 @@ class DiffusionExtractor(Extractor):
         if level.clean:
             return {"t": level.t, "clean": True}
         alpha, sigma = (float(value) for value in self.backbone.schedule.coefficients(level.t))
-        return {"t": level.t, "logsnr": 2 * (log(alpha) - log(sigma)) if alpha and sigma else None}
+        # Rounded, because the last bits of a schedule's table differ between machines.
+        return {"t": level.t, "logsnr": round(2 * (log(alpha) - log(sigma)), 4) if alpha and sigma else None}
 
 
 def _plain(cond: Cond) -> str | int | list[str | int] | None:

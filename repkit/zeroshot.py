@@ -143,13 +143,15 @@ class DiffusionClassifier:
         """
         if len(images) == 0:
             raise ValueError("no images given; give at least one")
+        self.backbone.check_frozen()
         batch = prepare(images, self.resize, self.backbone.device)
         self.backbone.check_size(*batch.images.shape[-2:])
         digests = [digest(image) for image in to_uint8(batch.images)]
         x0 = torch.cat([self.backbone.encode(part) for part in batch.images.split(self.batch_size)])
         counts = (len(x0), len(self.times), len(self.classes))
         rows = torch.cartesian_prod(*(torch.arange(count) for count in counts))
-        errors = torch.cat([self._errors_of(part, x0, digests) for part in rows.split(self.batch_size)])
+        with torch.autocast(x0.device.type, enabled=False):  # a training loop's would change the values
+            errors = torch.cat([self._errors_of(part, x0, digests) for part in rows.split(self.batch_size)])
         self._check_finite(errors, rows)
         return rearrange(errors, "(b n k) -> b k n", b=counts[0], n=counts[1])
 

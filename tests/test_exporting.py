@@ -598,3 +598,10 @@ def test_processes_need_no_main_guard(images, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("11\n", 0), done.stderr
+
+
+def test_noise_that_is_different_each_time_is_not_stored(images, tmp_path):
+    fresh = DiffusionExtractor(tiny_unet(), TAPS, noise="fresh")
+    with pytest.raises(ValueError, match="cannot be stored; use noise='image'"):
+        export(images, fresh, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

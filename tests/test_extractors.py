@@ -10,6 +10,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from repkit.extractors import DiffusionExtractor
+from repkit.features import identity_differences
 from repkit.images import Resize, digest, to_uint8
 from repkit.noise import SHARED, batch_noise
 from tests import tiny
@@ -122,7 +123,7 @@ def test_sigma_and_logsnr_take_the_nearest_step(backbone, sigma):
     extract = DiffusionExtractor(backbone, [f"mid@sigma={sigma}", f"mid@logsnr={logsnr}"])
     assert {level.t for level in extract.levels.values()} == {nearest}
     resolved = extract.identity["taps"][f"mid@sigma={sigma}"]
-    assert resolved["t"] == nearest and resolved["logsnr"] == pytest.approx(table[int(nearest)])
+    assert resolved["t"] == nearest and resolved["logsnr"] == pytest.approx(table[int(nearest)], abs=1e-4)
 
 
 def test_edm_has_no_training_steps():
@@ -379,3 +380,34 @@ def test_autocast_around_a_call_changes_nothing_and_training_mode_is_refused():
 def test_arguments_out_of_range_are_refused_at_once(backbone, wrong, error):
     with pytest.raises(error, match="give|violates|Type"):
         DiffusionExtractor(backbone, "mid@50", **wrong)
+
+
+def test_the_identity_holds_all_that_decides_values(dit):
+    keys = "extractor weights schedule taps resize decoder classes cond draws seed noise noise_version dtype".split()
+    assert set(DiffusionExtractor(tiny.unet(), "mid@50").identity) == set(keys)
+    assert set(DiffusionExtractor(dit, "block.0@50").identity) == {*keys, "latent"}
+
+
+def test_the_order_of_class_names_is_in_the_identity():
+    one, other = tiny.grey_unet(), tiny.grey_unet()
+    other.class_names = list(reversed(other.class_names))
+    identities = [DiffusionExtractor(backbone, "mid@50", cond="owl").identity for backbone in (one, other)]
+    assert identity_differences(*identities)[0].startswith("classes:") and len(identity_differences(*identities)) == 1
+
+
+@pytest.mark.parametrize("noise", ["image", "shared", "fresh"])
+def test_images_out_of_range_are_refused_whatever_the_noise(backbone, noise):
+    with pytest.raises(ValueError, match=r"scale them to \[0, 1\]"):
+        DiffusionExtractor(backbone, "mid@50", noise=noise)(tiny.images() * 255)
+
+
+def test_a_model_loaded_in_inference_mode_works():
+    with torch.inference_mode():
+        assert torch.isfinite(DiffusionExtractor(tiny.unet(), "mid@50")(tiny.images())["mid@50"]).all()
+
+
+def test_any_part_in_training_mode_is_refused():
+    backbone = tiny.unet()
+    backbone.model.mid_block.train()
+    with pytest.raises(ValueError, match="training mode"):
+        DiffusionExtractor(backbone, "mid@50")(tiny.images())

@@ -129,6 +129,12 @@ class Backbone(ABC):
                 f"{self.name} takes sides that are multiples of {self.multiple}, not {height}x{width}; nearest: {near}"
             )
 
+    def check_frozen(self) -> None:
+        """Raise ValueError where a network is in training mode, in which values would be random."""
+        for name, network in self.networks.items():
+            if any(module.training for module in network.modules()):
+                raise ValueError(f"the {name} of {self.name} is in training mode; call .eval() on it first")
+
     def _times(self, t: Tensor | float | int, x_t: Tensor) -> Tensor:
         """t as [b]; training timesteps are integers, since some networks look them up in a table."""
         times = torch.as_tensor(t, device=x_t.device)
@@ -200,9 +206,12 @@ class Backbone(ABC):
 
 
 def current_hash(owner: object, networks: Mapping[str, nn.Module]) -> str:
-    """`hash_weights`, kept with `owner` until a weight is replaced, moved or changed in place."""
+    """`hash_weights`, kept with `owner` until a weight is replaced, moved or changed in place.
+
+    A change through `.data` leaves no trace and is not seen; nor is one of tensors made in inference mode.
+    """
     tensors = (tensor for network in networks.values() for tensor in (*network.parameters(), *network.buffers()))
-    state = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
+    state = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
     if vars(owner).get("_hashed", (None,))[0] != state:
         vars(owner)["_hashed"] = state, hash_weights(networks)
     return str(vars(owner)["_hashed"][1])

@@ -52,7 +52,8 @@ def rebuild_extractor(
     cond = identity.get("cond")
     if isinstance(cond, dict) or (isinstance(cond, str) and "{" in cond):
         raise ValueError(
-            f"each image was told something of its own ({cond}), which a query does not have; search in Python"
+            f"each image was told something of its own ({cond}), which a query does not have; in Python, pool its "
+            "features yourself and search by the array"
         )
     extractor = build_extractor(
         source,

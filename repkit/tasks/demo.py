@@ -106,7 +106,7 @@ def _contest(name: str, images: Path, out: Path, times: Sequence[int]) -> Contes
     for network, label in ((backbone, name), (random_control(backbone), f"{name}, untrained")):
         extractor = DiffusionExtractor(network, taps)
         with Progress(f"extract {label}") as progress:
-            folder = out / label.replace(", ", "-")
+            folder = out / f"{label.replace(', ', '-')}-{network.weights_hash[:8]}"  # other weights, other folder
             store = export(images, extractor, folder, pool=POOL, dtype="float16", batch_size=50, progress=progress)
         with Progress(f"probe {label}", unit="taps") as progress:
             found.append((store, probe_store(store, progress=progress)))
