@@ -147,7 +147,7 @@ print("loaded", [name for name in {heavy} if name in sys.modules])
         ("nonsense", ["nonsense", "repkit --help"]),
         ("extract", ["images", "repkit extract --help"]),
         ("extract {clothes} -m mini-unet -t mid@50 -o {out} --draws 0", ["--draws", "1"]),
-        ("extract {clothes} -m mini-unet -t mid@50 -o {out} --noise loud", ["loud", "image", "shared", "fresh"]),
+        ("extract {clothes} -m mini-unet -t mid@50 -o {out} --noise loud", ["loud", "image", "shared"]),
         ("extract {clothes} -m nope -t mid@50 -o {out}", ["nope", "mini-unet", "mini-dit"]),
         ("extract {clothes} -m {flat} -t mid@50 -o {out}", ["model_index.json"]),
         ("extract {clothes} -m mini-unet -t up.9@50 -o {out}", ["up.9", "up.0", "mid"]),
