@@ -7,7 +7,7 @@ from PIL import Image
 
 from repkit.extractors import DiffusionExtractor
 from repkit.images import decode
-from repkit.tasks.pictures import confusion_picture, heat_map, mosaic, save
+from repkit.tasks.pictures import confusion_picture, mosaic, save
 from repkit.tasks.visualize import pca_colors, visualize
 from tests.export_cases import tiny_unet, write_images
 
@@ -104,15 +104,11 @@ def test_nothing_to_show_is_an_error():
 
 def test_figures_are_saved_the_same_each_time(tmp_path):
     counts = np.array([[3, 1], [0, 0]])
-    figures = {
-        "confusion": lambda: confusion_picture(counts, ["cat", "dog"], "two classes"),
-        "heat": lambda: heat_map(np.array([[1.0, np.nan], [2.0, 3.0]]), ["a", "b"], ["1", "2"], "t", label="%"),
-    }
-    for name, draw in figures.items():
-        first, second = (save(draw(), tmp_path / "deep" / f"{name}{run}.png").read_bytes() for run in range(2))
-        assert first == second
-        with Image.open(tmp_path / "deep" / f"{name}0.png") as picture:
-            assert min(picture.size) > 100
+    figures = [confusion_picture(counts, ["cat", "dog"], "two classes") for _ in range(2)]
+    first, second = (save(one, tmp_path / "deep" / f"{run}.png").read_bytes() for run, one in enumerate(figures))
+    assert first == second
+    with Image.open(tmp_path / "deep" / "0.png") as picture:
+        assert min(picture.size) > 100
 
 
 def test_many_classes_still_make_a_picture(tmp_path):

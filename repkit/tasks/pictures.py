@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -29,27 +29,6 @@ def confusion_picture(counts: Int[np.ndarray, "k k"], classes: Sequence[str], ti
             if count:
                 dark = share[row, column] > 0.5
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=7, color="w" if dark else "k")
-    return figure
-
-
-def heat_map(
-    values: Float[np.ndarray, "r c"], rows: Sequence[str], columns: Sequence[str], title: str, *, label: str
-) -> "Figure":
-    """A table of numbers as colours, each cell with its value; NaN stays empty."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(2.2 + 0.8 * len(columns), 1.3 + 0.36 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(values, cmap="viridis", aspect="auto")
-    axes.set(title=title)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            color = "k" if value > middle else "w"
-            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
-    figure.colorbar(image, label=label)
     return figure
 
 
