@@ -201,6 +201,7 @@ class DiffusionExtractor(Extractor):
             "noise": self.noise,
             "noise_version": NOISE_VERSION,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            **({} if self.backbone.prompts is None else {"text": self.backbone.prompts.hash}),
             **self.backbone.options,
         }
 

@@ -2,9 +2,9 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from repkit.backbones.base import Backbone
-from repkit.backbones.dit import DiT
 from repkit.backbones.latents import Latent
-from repkit.backbones.unet import UNet
+from repkit.backbones.parts import Parts
+from repkit.backbones.prompts import TextEncoders
+from repkit.pipelinefolder import DENOISERS, component, read_folder, read_json, reason
 from repkit.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -25,40 +26,15 @@ MODELS = Path(__file__).parent / "models"
 logger = logging.getLogger("repkit")
 
 
-@dataclass(frozen=True)
-class Parts:
-    """A pipeline taken apart: its networks by component name, its schedule, and what its index says."""
-
-    name: str
-    networks: Mapping[str, Any]
-    schedule: Schedule
-    index: Mapping[str, Any] = field(default_factory=dict)
-    latent: Latent = "mode"
-
-    @property
-    def class_names(self) -> list[str] | None:
-        names = self.index.get("id2label")
-        return None if names is None else [str(names[key]) for key in sorted(names, key=int)]
-
-
-def _unet(parts: Parts) -> Backbone:
-    return UNet(parts.networks["unet"], parts.schedule, name=parts.name, class_names=parts.class_names)
-
-
-def _dit(parts: Parts) -> Backbone:
-    return DiT(
-        parts.networks["transformer"],
-        parts.schedule,
-        parts.networks.get("vae"),
-        name=parts.name,
-        class_names=parts.class_names,
-        latent=parts.latent,
-    )
-
-
-# The denoiser's class decides the family.
-FAMILIES: Mapping[str, Callable[[Parts], Backbone]] = {"UNet2DModel": _unet, "DiTTransformer2DModel": _dit}
-_DENOISERS = ("unet", "transformer")
+# The class of the denoiser decides the family, a file in backbones/ with a function `from_parts`.
+FAMILIES: Mapping[str, str] = {
+    "UNet2DModel": "unet",
+    "UNet2DConditionModel": "text_unet",
+    "DiTTransformer2DModel": "dit",
+    "PixArtTransformer2DModel": "pixart",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+}
 
 
 def load(
@@ -70,13 +46,14 @@ def load(
     latent: Latent = "mode",
     revision: str | None = None,
     offline: bool = False,
+    prompt_cache: Path | None = None,
 ) -> Backbone:
     """Load a backbone: a bundled name (mini-unet), a diffusers folder, a hub id, or a pipeline already in memory.
 
     Everything but a pipeline is moved to `device` and `dtype`; the autoencoder to `vae_dtype` where that is given. A
     pipeline is used as it is, so it has to be frozen and in eval mode already. latent: the autoencoder's posterior
     "mode", or a "sample" of it, which differs from call to call. revision: a commit of the hub. offline: never ask
-    the network.
+    the network. prompt_cache: a folder that keeps encoded prompts, so that text encoders need not be loaded again.
 
     Raises ValueError for a model of a family that repkit does not know, OSError where there is nothing to load.
     """
@@ -85,13 +62,13 @@ def load(
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r}; give a torch dtype such as torch.bfloat16")
     if not isinstance(model, str | Path):
-        return _build(_take_apart(model, latent))
+        return _build(_take_apart(model, latent, prompt_cache))
     folder = find(str(model), revision=revision, offline=offline)
-    parts = _read(folder, folder.resolve().name if folder == Path(model) else str(model), dtype, latent)
-    for component, network in parts.networks.items():
-        network.requires_grad_(False).eval().to(device)
-        if component == "vae" and vae_dtype is not None:
-            network.to(vae_dtype)
+    _check_family(folder)
+    name = folder.resolve().name if folder == Path(model) else str(model)
+    parts = read_folder(
+        folder, name, device=device, dtype=dtype, vae_dtype=vae_dtype, latent=latent, prompt_cache=prompt_cache
+    )
     backbone = _build(parts)
     named = model in bundled() or not Path(model).is_dir()
     # A folder is found again from anywhere, a name or a hub id as it is.
@@ -107,15 +84,15 @@ def bundled() -> list[str]:
 def describe(name: str) -> dict[str, Any]:
     """What a bundled model is, from its configs alone: class, prediction, image side, classes, measured figures."""
     folder = MODELS / name
-    index = _read_json(folder / "model_index.json", "a bundled model has one")
-    part = next(part for part in _DENOISERS if _component(index, part))
-    schedule = Schedule.from_diffusers(_read_json(folder / "scheduler" / "scheduler_config.json", "a model has one"))
+    index = read_json(folder / "model_index.json", "a bundled model has one")
+    part = next(part for part in DENOISERS if component(index, part))
+    schedule = Schedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json", "a model has one"))
     figures = folder / "figures.json"
     return {
         "name": name,
-        "class": _component(index, part),
+        "class": component(index, part),
         "prediction": schedule.prediction,
-        "size": _read_json(folder / part / "config.json", "a model has one")["sample_size"],
+        "size": read_json(folder / part / "config.json", "a model has one")["sample_size"],
         "classes": len(index.get("id2label", {})),
         "figures": json.loads(figures.read_text()) if figures.is_file() else {},
         "card": str(folder / "README.md"),
@@ -142,69 +119,52 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> P
     except Exception as error:
         # The hub's client raises a dozen classes from requests, httpx and its own; what a user can do is the same.
         raise OSError(
-            f"cannot get {model!r} from the hub ({_reason(_root(error))}); check the name and the network, or download "
+            f"cannot get {model!r} from the hub ({reason(_root(error))}); check the name and the network, or download "
             f"it elsewhere and give its folder; {known}"
         ) from error
     return Path(folder)
 
 
 def _build(parts: Parts) -> Backbone:
-    denoiser = next((parts.networks[name] for name in _DENOISERS if name in parts.networks), None)
-    family = type(denoiser).__name__
-    if family not in FAMILIES:
-        raise ValueError(f"{parts.name} has a {family} for a denoiser; have {', '.join(FAMILIES)}")
-    return FAMILIES[family](parts)
+    _check_known(
+        {name: type(parts.networks[name]).__name__ for name in DENOISERS if name in parts.networks}, parts.name
+    )
+    family = import_module(f"repkit.backbones.{FAMILIES[type(parts.denoiser).__name__]}")
+    return family.from_parts(parts)
 
 
-def _take_apart(pipeline: Any, latent: Latent) -> Parts:
+def _check_family(folder: Path) -> None:
+    """Raise ValueError, before any weights are read, for a pipeline of a family that is not known."""
+    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    _check_known({part: found for part in DENOISERS if (found := component(index, part))}, str(folder))
+
+
+def _check_known(denoisers: Mapping[str, str], name: str) -> None:
+    if not denoisers or not set(denoisers.values()) <= set(FAMILIES):
+        has = ", ".join(denoisers.values()) or "no unet or transformer"
+        raise ValueError(f"{name} has {has} for a denoiser; have {', '.join(FAMILIES)}")
+
+
+def _take_apart(pipeline: Any, latent: Latent, prompt_cache: Path | None) -> Parts:
     if not hasattr(pipeline, "components"):
         raise TypeError(f"cannot load a {type(pipeline).__name__}; give a name, a folder, a hub id or a pipeline")
     networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     training = [name for name, network in networks.items() if network.training]
     if training:
         raise ValueError(f"{', '.join(training)} in training mode; call .eval() on each, features must not be random")
-    schedule = Schedule.from_diffusers(pipeline.scheduler)
-    return Parts(type(pipeline).__name__, networks, schedule, dict(pipeline.config), latent)
-
-
-def _read(folder: Path, name: str, dtype: torch.dtype, latent: Latent) -> Parts:
-    index = _read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
-    config = _read_json(folder / "scheduler" / "scheduler_config.json", "it says how the model was noised")
-    denoisers = {part: found for part in _DENOISERS if (found := _component(index, part))}
-    if not denoisers or not set(denoisers.values()) <= set(FAMILIES):
-        has = ", ".join(denoisers.values()) or "no unet or transformer"
-        raise ValueError(f"{folder} has {has} for a denoiser; have {', '.join(FAMILIES)}")
-    vae = _component(index, "vae")
-    classes = denoisers if vae is None else denoisers | {"vae": vae}
-    networks = {part: _read_network(folder / part, class_name, dtype) for part, class_name in classes.items()}
-    return Parts(name, networks, Schedule.from_diffusers(config), index, latent)
-
-
-def _component(index: Mapping[str, Any], part: str) -> str | None:
-    """The class of a pipeline's component; None where it is absent or was saved empty."""
-    entry = index.get(part)
-    return entry[1] if isinstance(entry, list) else None
-
-
-def _read_network(folder: Path, class_name: str, dtype: torch.dtype) -> nn.Module:
-    import diffusers
-
-    try:
-        network, found = getattr(diffusers, class_name).from_pretrained(
-            folder,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # safetensors, diffusers and the file system each have their own way to say it
-        raise OSError(
-            f"cannot read {class_name} from {folder}: {_reason(error)}; it needs config.json and safetensors"
-        ) from error
-    if missing := found["missing_keys"]:  # diffusers would leave them random
-        raise OSError(f"{folder} lacks {len(missing)} weights of {class_name}, {missing[0]} first; get it again")
-    return network
+    encoders = {
+        name: part
+        for name, part in pipeline.components.items()
+        if name.startswith(("tokenizer", "text_encoder")) and part is not None
+    }
+    return Parts(
+        type(pipeline).__name__,
+        {name: network for name, network in networks.items() if name in (*DENOISERS, "vae")},
+        Schedule.from_diffusers(pipeline.scheduler),
+        dict(pipeline.config),
+        latent,
+        TextEncoders(lambda: encoders, cache=prompt_cache) if encoders else None,
+    )
 
 
 def _root(error: BaseException) -> BaseException:
@@ -212,20 +172,6 @@ def _root(error: BaseException) -> BaseException:
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return error
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of what went wrong."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _read_json(path: Path, why: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise OSError(f"no {path.name} in {path.parent}: {why}; save the pipeline with save_pretrained") from None
-    except json.JSONDecodeError as error:
-        raise OSError(f"{path} is no JSON: {error}") from error
 
 
 def random_control(backbone: Backbone, seed: int = 0) -> Backbone:

@@ -19,7 +19,7 @@ NUMERIC = "taps features images noise schedule capture pooling matching".split()
 CORE = [
     *NUMERIC,
     *"backbones.base backbones extractors dino fusion listing zeroshot".split(),
-    *"decoding shards planning pipeline store exporting indexfiles retrieval zoo progress".split(),
+    *"decoding shards planning pipeline store exporting indexfiles retrieval pipelinefolder checkpoints catalog zoo progress".split(),
 ]
 # What each layer may import from repkit; its own name is there for files of one folder.
 REACH = {name: {*CORE[: i + 1]} for i, name in enumerate(CORE)}

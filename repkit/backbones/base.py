@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from einops import rearrange
@@ -20,6 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from repkit.capture import Point, capture
 from repkit.schedule import Schedule
 from repkit.taps import parse_blocks
+
+if TYPE_CHECKING:
+    from repkit.backbones.prompts import Prompts
 
 Cond = str | int | Sequence[str | int] | None
 
@@ -60,6 +63,7 @@ class Backbone(ABC):
     clean_t: float | int = 0
     options: Mapping[str, str] = {}  # what else decides the values, for the identity: how latents are taken, ...
     provenance: Mapping[str, str | None] = {}  # what `load` was given, from which it can be loaded again
+    prompts: "Prompts | None" = None  # what texts are encoded by, where the condition is a text
 
     @abstractmethod
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
@@ -183,16 +187,19 @@ class Backbone(ABC):
     @contextmanager
     def _shapes_only(self, height: int, width: int) -> Iterator[tuple[Tensor, Condition]]:
         """The input of one image that has shapes and no values, so that a forward costs nothing."""
-        condition = self._any_condition()
+        condition = self.blank_condition(1)
         with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
             images = torch.zeros(1, 3, height, width, device=self.device)
             yield self.encode(images).to(self.dtype), condition
 
-    def _any_condition(self) -> Condition:
+    def blank_condition(self, batch: int) -> Condition:
+        """A condition of the right shapes, whatever it says; no text is encoded for it."""
+        if self.prompts is not None:
+            return self.prompts.blank(batch, self.device, self.dtype)
         try:
-            return self.condition(None, 1)
+            return self.condition(None, batch)
         except ValueError:  # a class-conditional network without a null class
-            return self.condition(0, 1)
+            return self.condition(0, batch)
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

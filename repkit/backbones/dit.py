@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from repkit.backbones.base import Backbone, Cond, Condition
 from repkit.backbones.labels import class_labels
 from repkit.backbones.latents import Latent, encode_pixels, encode_vae, vae_stride
+from repkit.backbones.parts import Parts
 from repkit.capture import Point
 from repkit.schedule import Schedule
 
@@ -67,3 +68,15 @@ class DiT(Backbone):
     @property
     def networks(self) -> Mapping[str, nn.Module]:
         return {"denoiser": self.model} | ({} if self.vae is None else {"vae": self.vae})
+
+
+def from_parts(parts: Parts) -> DiT:
+    """A DiT of a pipeline, with its autoencoder where it has one."""
+    return DiT(
+        parts.denoiser,
+        parts.schedule,
+        parts.vae,
+        name=parts.name,
+        class_names=parts.class_names,
+        latent=parts.latent,
+    )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from repkit.backbones.base import Backbone, Cond, Condition
 from repkit.backbones.labels import class_labels
 from repkit.backbones.latents import encode_pixels
+from repkit.backbones.parts import Parts
 from repkit.backbones.unet_points import unet_points
 from repkit.capture import Point
 from repkit.schedule import Schedule
@@ -54,3 +55,8 @@ class UNet(Backbone):
     @cached_property
     def points(self) -> Mapping[str, Point]:
         return unet_points(self.model)
+
+
+def from_parts(parts: Parts) -> UNet:
+    """A UNet of a pipeline."""
+    return UNet(parts.denoiser, parts.schedule, name=parts.name, class_names=parts.class_names)

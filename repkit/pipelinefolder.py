@@ -1,0 +1,130 @@
+"""Reading a diffusers pipeline's folder into Parts: networks from safetensors, the schedule, text encoders."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from repkit.backbones.latents import Latent
+from repkit.backbones.parts import Parts
+from repkit.backbones.prompts import TextEncoders
+from repkit.schedule import Schedule
+
+DENOISERS = ("unet", "transformer")
+
+
+def read_folder(
+    folder: Path,
+    name: str,
+    *,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype | None,
+    latent: Latent,
+    prompt_cache: Path | None = None,
+) -> Parts:
+    """The pipeline in `folder`, frozen, in place; its text encoders wait until a text is to be encoded.
+
+    Raises OSError for what is missing or cannot be read.
+    """
+    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    config = read_json(folder / "scheduler" / "scheduler_config.json", "it says how the model was noised")
+    classes = {part: found for part in (*DENOISERS, "vae") if (found := component(index, part))}
+    networks = {part: read_network(folder / part, class_name, dtype) for part, class_name in classes.items()}
+    for part, network in networks.items():
+        place(network, device, vae_dtype if part == "vae" else None)
+    texts = _text_encoders(folder, index, device, dtype, prompt_cache)
+    return Parts(name, networks, Schedule.from_diffusers(config), index, latent, texts)
+
+
+def component(index: Mapping[str, Any], part: str) -> str | None:
+    """The class of a pipeline's component; None where it is absent or was saved empty."""
+    entry = index.get(part)
+    return entry[1] if isinstance(entry, list) else None
+
+
+def read_network(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
+    """A diffusers network saved by save_pretrained. Raises OSError where that fails or weights are missing."""
+    import diffusers
+
+    try:
+        network, found = getattr(diffusers, class_name).from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, diffusers and the file system each have their own way to say it
+        raise OSError(
+            f"cannot read {class_name} from {folder}: {reason(error)}; it needs config.json and safetensors"
+        ) from error
+    if missing := found["missing_keys"]:  # diffusers would leave them random
+        raise OSError(f"{folder} lacks {len(missing)} weights of {class_name}, {missing[0]} first; get it again")
+    return network
+
+
+def place(network: Any, device: str | torch.device, dtype: torch.dtype | None = None) -> None:
+    """Freeze a network and move it."""
+    network.requires_grad_(False).eval().to(device)
+    if dtype is not None:
+        network.to(dtype)
+
+
+def _text_encoders(
+    folder: Path, index: Mapping[str, Any], device: str | torch.device, dtype: torch.dtype, cache: Path | None
+) -> TextEncoders | None:
+    parts = [
+        part for part in index if part.startswith(("tokenizer", "text_encoder")) and component(index, part) is not None
+    ]
+    if not any(part.startswith("text_encoder") for part in parts):
+        return None
+
+    def open_encoders() -> dict[str, Any]:
+        opened = {part: _read_text_part(folder / part, str(component(index, part)), dtype) for part in parts}
+        for network in opened.values():
+            if isinstance(network, nn.Module):
+                place(network, device)
+        return opened
+
+    return TextEncoders(open_encoders, cache=cache, fingerprint=_fingerprint(folder, parts, dtype))
+
+
+def _read_text_part(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
+    """A tokenizer, or a text encoder of transformers. Raises OSError where it cannot be read."""
+    import transformers
+
+    options = {"dtype": dtype, "use_safetensors": True} if folder.name.startswith("text_encoder") else {}
+    try:
+        return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:
+        raise OSError(
+            f"cannot read {class_name} from {folder}: {reason(error)}; without it no prompt can be encoded"
+        ) from error
+
+
+def _fingerprint(folder: Path, parts: list[str], dtype: torch.dtype) -> str:
+    """Names, sizes and times of the encoders' files: tells in no time whether they are those of a cache."""
+    files = sorted(path for part in parts for path in (folder / part).rglob("*") if path.is_file())
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(f"{facts}:{dtype}".encode()).hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """An object in a JSON file. Raises OSError, with `why` it is needed, where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise OSError(f"no {path.name} in {path.parent}: {why}; save the pipeline with save_pretrained") from None
+    except json.JSONDecodeError as error:
+        raise OSError(f"{path} is no JSON: {error}") from error
