@@ -15,7 +15,7 @@ import repkit
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("heads", "datasets", "recipes")  # beside the package in a checkout, inside it when installed
-NUMERIC = "taps features images noise schedule capture pooling matching".split()
+NUMERIC = "taps features images noise betas schedulers schedule attention capture pooling massive matching".split()
 CORE = [
     *NUMERIC,
     *"backbones.base backbones extractors dino fusion listing zeroshot".split(),
