@@ -16,7 +16,8 @@ from measuring import PAGE, machine, ratio, table, take_turns, write_section
 from PIL import Image
 from torch import Tensor
 
-from repkit.backbones.base import Backbone, Condition
+from repkit.backbones.base import Backbone
+from repkit.backbones.conditions import Condition
 from repkit.datasets import fashion_mnist
 from repkit.extractors import DiffusionExtractor
 from repkit.images import Resize, digest, to_tensor, to_uint8

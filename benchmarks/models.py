@@ -1,8 +1,9 @@
 """What the bundled models are worth: `python benchmarks/models.py` measures them, and writes what it finds.
 
 For each model, on the bundled Fashion-MNIST images at 32x32: a ridge probe on 2x2-pooled features of every stage block
-at several times, the cell chosen on a fifth of the 4,000 training images and tested once on the 10,000 test images;
-the same for three untrained copies of the network, and for the raw pixels; and zero-shot accuracy. The figures go to
+at several times, with noise and without, the cell chosen on a fifth of the 4,000 training images and tested once on
+the 10,000 test images; the same for three untrained copies of the network, and for the raw pixels; and zero-shot
+accuracy. The figures go to
 `figures.json` in the model's folder and to docs/RESULTS.md. `--models`, `--test` and `--zero-shot` make it smaller.
 """
 
@@ -29,7 +30,7 @@ from repkit.zeroshot import DiffusionClassifier
 from repkit.zoo import MODELS, bundled, load, random_control
 
 ROOT = Path(__file__).parent.parent
-TIMES = (10, 25, 50, 100)
+TIMES = ("10", "25", "50", "100", "clean:100", "clean:200")  # the last two: no noise, the network told of some
 POOL, BATCH, EVALUATIONS, CONTROLS = "2x2", 100, 16, 3
 
 Tensors = Float[torch.Tensor, "n 3 H W"]

@@ -7,19 +7,29 @@ model never carries a hook, another thread may use it meanwhile, and every value
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
 
+from repkit.attention import Attended, Part, Watch
+
+Side = Literal["output", "input", "call", "attention"]
+
 
 @dataclass(frozen=True)
 class Point:
-    """Where a value is taken: a module's output, or its first positional input, by the module's dotted path."""
+    """Where a value is taken: a module by its dotted path, and which side of it.
+
+    output: what it returns. input: its first positional argument. call: (module, args, kwargs) of its call, the module
+    being the copy that runs, from which a part of it can be computed anew. attention: the `Attended` of the first
+    `scaled_dot_product_attention` in it; part says which keys a joint map is for and does not change the value.
+    """
 
     path: str
-    side: Literal["output", "input"] = "output"
+    side: Side = "output"
+    part: Part = "image"
 
 
 class _Stop(Exception):
@@ -59,51 +69,87 @@ def capture(
         except _Stop:
             pass
     over = True
-    if missed := [point.path for point in wanted if point not in taken]:
+    _check_taken([point for point in wanted if point not in taken])
+    return taken
+
+
+def _check_taken(missed: Sequence[Point]) -> None:
+    if paths := [point.path for point in missed if point.side != "attention"]:
         raise ValueError(
-            f"{', '.join(missed)} did not run in this forward, so there is nothing to take there; "
+            f"{', '.join(paths)} did not run in this forward, so there is nothing to take there; "
             "name a module that is called (a list of modules is not)"
         )
-    return taken
+    if missed:
+        raise ValueError(
+            f"no attention map of {', '.join(point.path for point in missed)}: unsupported, since no "
+            "scaled_dot_product_attention is called there; take another tap, or give the module a processor that "
+            "calls it (AttnProcessor2_0)"
+        )
 
 
 @contextmanager
 def _tapped(model: nn.Module, points: Sequence[Point], take: Callable[[Point, Any], None]) -> Iterator[nn.Module]:
     """A model to run in place of `model` that reports each point to `take`."""
     above = [module for point in points for module in _ancestors(model, point.path)]
-    if not any(_runs_elsewhere(module) for module in above):
-        copies = {"": _shallow_copy(model)}
-        for point in points:
-            _hook(_copy_along(copies, point.path), point, take)
-        yield copies[""]
-        return
     # An ancestor's forward is bound to the original (offloading wrappers do that), so the hooks have to sit there too.
+    copies = {} if any(_runs_elsewhere(module) for module in above) else {"": shallow_copy(model)}
+    report = take if copies else _in_this_thread(take)
+    with ExitStack() as undo:
+        for point in points:
+            module = copy_along(copies, point.path) if copies else _module(model, point.path)
+            undo.callback(_hook(module, point, report))
+        yield copies.get("", model)
+
+
+def _in_this_thread(call: Callable[..., None]) -> Callable[..., None]:
+    """What does nothing in other threads, which may be running the same module."""
     here = threading.get_ident()
-
-    def take_here(point: Point, value: Any) -> None:
-        if threading.get_ident() == here:
-            take(point, value)
-
-    handles = [_hook(_module(model, point.path), point, take_here) for point in points]
-    try:
-        yield model
-    finally:
-        for handle in handles:
-            handle.remove()
+    return lambda *args: call(*args) if threading.get_ident() == here else None
 
 
-def _hook(module: nn.Module, point: Point, take: Callable[[Point, Any], None]) -> Any:
+def _hook(module: nn.Module, point: Point, take: Callable[[Point, Any], None]) -> Callable[[], None]:
+    """Have `module` report `point` whenever it runs; returns what undoes that."""
+    if point.side == "attention":
+        return _watch(module, lambda attended: take(point, attended))
     if point.side == "output":
-        return module.register_forward_hook(lambda module, args, output: take(point, output))
-    return module.register_forward_pre_hook(
-        lambda module, args, kwargs: take(point, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
+        return module.register_forward_hook(lambda module, args, output: take(point, output)).remove
+
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if point.side == "call":
+            take(point, (module, args, kwargs))
+        else:
+            take(point, args[0] if args else kwargs["hidden_states"])
+
+    return module.register_forward_pre_hook(called, with_kwargs=True).remove
+
+
+def _watch(module: nn.Module, seen: Callable[[Attended], None]) -> Callable[[], None]:
+    """Watch the attention in each call of `module`; returns what undoes that.
+
+    Around the call, since a processor in the place of the module's own would need its signature.
+    """
+    active: list[Watch] = []
+
+    def leave(*_: Any) -> None:
+        if active:
+            active.pop().__exit__(None, None, None)
+
+    enter = _in_this_thread(lambda *_: active.append(Watch(seen).__enter__()))
+    before = module.register_forward_pre_hook(enter)
+    after = module.register_forward_hook(_in_this_thread(leave), always_call=True)
+
+    def undo() -> None:
+        leave()  # an interrupt from the keyboard passes by the hook
+        before.remove()
+        after.remove()
+
+    return undo
 
 
 _DICTS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
 
 
-def _shallow_copy(module: nn.Module) -> nn.Module:
+def shallow_copy(module: nn.Module) -> nn.Module:
     """A new module object with the same children and parameters, and dicts of its own to hang hooks and copies in."""
     new = module.__class__.__new__(module.__class__)
     vars(new).update(vars(module))
@@ -112,12 +158,12 @@ def _shallow_copy(module: nn.Module) -> nn.Module:
     return new
 
 
-def _copy_along(copies: dict[str, nn.Module], path: str) -> nn.Module:
+def copy_along(copies: dict[str, nn.Module], path: str) -> nn.Module:
     """Copy each module from the root to `path` that is not yet in `copies`; returns the copy at `path`."""
     if path not in copies:
         above, _, name = path.rpartition(".")
-        parent = _copy_along(copies, above)
-        parent._modules[name] = copies[path] = _shallow_copy(parent._modules[name])  # type: ignore[arg-type]
+        parent = copy_along(copies, above)
+        parent._modules[name] = copies[path] = shallow_copy(parent._modules[name])  # type: ignore[arg-type]
     return copies[path]
 
 

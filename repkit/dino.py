@@ -17,7 +17,9 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from repkit.backbones.base import Block, Cond, current_hash
+from repkit.backbones.base import Block
+from repkit.backbones.conditions import Cond
+from repkit.backbones.hashing import current_hash
 from repkit.capture import Point, capture
 from repkit.extractors import Extractor, Images, prepare, resize_identity
 from repkit.features import Features, Identity, check_finite

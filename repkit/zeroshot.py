@@ -11,7 +11,8 @@ from einops import rearrange, reduce
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
-from repkit.backbones.base import Backbone, Condition
+from repkit.backbones.base import Backbone
+from repkit.backbones.conditions import Condition
 from repkit.extractors import Images, prepare
 from repkit.images import Resize, digest, to_uint8
 from repkit.noise import noise_like

@@ -10,7 +10,8 @@ from einops import einsum, rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repkit.backbones.base import Backbone, Cond, Condition
+from repkit.backbones.base import Backbone
+from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
 from repkit.capture import Point
 from repkit.schedule import Schedule

@@ -110,6 +110,58 @@ def test_the_input_side(model):
     assert torch.equal(found[Point(point.path)], model.get_submodule(point.path)(seen[0]))
 
 
+def test_a_call_can_be_made_again():
+    model, x_t = tiny.unet_model(), example()
+    path = "mid_block.attentions.0"
+    points = [
+        Point(path, "call"),
+        Point(path, "input"),
+        Point(path),
+        Point(f"{path}.to_q", "call"),
+        Point(f"{path}.to_q"),
+    ]
+    found = capture(model, points, run(x_t))
+    module, args, kwargs = found[points[0]]
+    assert module is not model.get_submodule(path) and args[0] is found[points[1]]
+    assert torch.equal(model.get_submodule(path)(*args, **kwargs), found[points[2]])
+    module, args, kwargs = found[points[3]]
+    assert torch.equal(module(*args, **kwargs), found[points[4]])
+
+
+ATTENTION = Point("mid_block.attentions.0", "attention")
+
+
+@pytest.mark.parametrize("how", [None, "partial", "closure"])
+def test_attention_is_watched_in_any_kind_of_forward(how):
+    plain, x_t = tiny.unet_model(), example()
+    expected = capture(plain, [ATTENTION], run(x_t))[ATTENTION]
+    model = plain if how is None else through_original(tiny.unet_model(), how)
+    state, modules = state_of(model), dict(model.named_modules())
+    attributes = dict(vars(model.get_submodule(ATTENTION.path)))
+    points = [ATTENTION, Point(ATTENTION.path), Point("up_blocks.1")]
+    found = capture(model, points, run(x_t))
+    assert torch.equal(found[ATTENTION].q, expected.q) and torch.equal(found[ATTENTION].k, expected.k)
+    assert all(torch.equal(first(found[point]), first(by_hook(plain, point.path, x_t))) for point in points[1:])
+    assert_untouched(model, state, modules)
+    assert dict(vars(model.get_submodule(ATTENTION.path))) == attributes
+
+
+@pytest.mark.parametrize("how", [None, "closure"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_no_watch_is_left_by_an_error(how, error):
+    model = tiny.unet_model() if how is None else through_original(tiny.unet_model(), how)
+
+    def fail(module, args):
+        raise error
+
+    handle = model.get_submodule(f"{ATTENTION.path}.to_q").register_forward_pre_hook(fail)
+    before = torch._C._len_torch_function_stack()
+    with pytest.raises(error):
+        capture(model, [ATTENTION, Point("up_blocks.0")], run(example()))
+    handle.remove()
+    assert torch._C._len_torch_function_stack() == before and hooks_of(model) == 0
+
+
 @pytest.mark.parametrize("how", [None, "partial", "closure"])
 def test_the_original_is_untouched(how):
     model = tiny.unet_model() if how is None else through_original(tiny.unet_model(), how)
@@ -144,6 +196,7 @@ def test_a_normal_forward_in_another_thread_is_unaffected(wrapped):
     model, x_t = tiny.unet_model(), example()
     if wrapped:
         through_original(model, "closure")
+    mid = Point("mid_block")
     expected, errors, done = run(x_t)(model), [], threading.Event()
 
     def forward_again_and_again():
@@ -159,7 +212,7 @@ def test_a_normal_forward_in_another_thread_is_unaffected(wrapped):
     other = example(seed=1)
     truth = by_hook(tiny.unet_model(), "mid_block", other)
     for _ in range(40):
-        assert torch.equal(capture(model, [Point("mid_block")], run(other))[Point("mid_block")], truth)
+        assert torch.equal(capture(model, [ATTENTION, mid], run(other))[mid], truth)
     done.set()
     thread.join()
     assert errors == [] and hooks_of(model) == 0

@@ -1,14 +1,12 @@
 """Backbone: a frozen denoiser whose activations have names. One subclass a family, in the files beside this one."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
-from typing import TYPE_CHECKING, Any
+from math import ceil, prod
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,14 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from repkit.attention import Attended, attention_map, fold_map
+from repkit.backbones.conditions import Cond, Condition
+from repkit.backbones.hashing import current_hash
+from repkit.backbones.prompts import Prompts
 from repkit.capture import Point, capture
+from repkit.massive import call_points, discarded
 from repkit.schedule import Schedule
 from repkit.taps import parse_blocks
-
-if TYPE_CHECKING:
-    from repkit.backbones.prompts import Prompts
-
-Cond = str | int | Sequence[str | int] | None
 
 
 @dataclass(frozen=True)
@@ -36,13 +34,16 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Condition:
-    """What the network is told beside x_t and t, one row an image; keys are the network's own argument names."""
+class Cost:
+    """What a block gives and costs: its map's (c, h, w), and the share of the FLOPs when the forward stops there."""
 
-    tensors: Mapping[str, Tensor]
+    shape: tuple[int, ...]
+    flops: float
 
-    def __getitem__(self, rows: Any) -> "Condition":
-        return Condition({name: tensor[rows] for name, tensor in self.tensors.items()})
+    @property
+    def bytes(self) -> int:
+        """Of the map of one image, dense, in float32."""
+        return 4 * prod(self.shape)
 
 
 class Backbone(ABC):
@@ -62,8 +63,9 @@ class Backbone(ABC):
     class_names: Sequence[str] | None = None
     clean_t: float | int = 0
     options: Mapping[str, str] = {}  # what else decides the values, for the identity: how latents are taken, ...
-    provenance: Mapping[str, str | None] = {}  # what `load` was given, from which it can be loaded again
-    prompts: "Prompts | None" = None  # what texts are encoded by, where the condition is a text
+    provenance: Mapping[str, Any] = {}  # what `load` was given, from which it can be loaded again
+    prompts: Prompts | None = None  # what texts are encoded by, where the condition is a text
+    trimmed: int = 0  # bytes of weights that were freed, since the taps in use do not need them
 
     @abstractmethod
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
@@ -90,15 +92,32 @@ class Backbone(ABC):
         return self.predict(self.model, x_t.to(self.dtype), self._times(t, x_t), condition).float()
 
     def activations(
-        self, x_t: Float[Tensor, "b c h w"], t: Tensor | float | int, condition: Condition, blocks: Sequence[str]
+        self,
+        x_t: Float[Tensor, "b c h w"],
+        t: Tensor | float | int,
+        condition: Condition,
+        blocks: Sequence[str],
+        *,
+        model: nn.Module | None = None,
+        discard: Mapping[str, Sequence[int]] | None = None,
     ) -> dict[str, Float[Tensor, "b _c _h _w"]]:
-        """The maps of `blocks` (names, or module paths written `/a.b`) from one forward that ends at the last one."""
-        points = {block: self.point(block) for block in blocks}
+        """The maps of `blocks` (names, or module paths written `/a.b`) from one forward that ends at the last one.
+
+        model: what runs in the place of the backbone's own. discard: for `*.in.adaln` blocks, the channels of the
+        block's input that are zero before its norm.
+        """
+        points, discard = {block: self.point(block) for block in blocks}, discard or {}
+        calls = {block: call_points(self.points, block) for block in discard}
+        taken = {block: calls[block][0] if block in calls else point for block, point in points.items()}
         times = self._times(t, x_t)
         raw = capture(
-            self.model, list(points.values()), lambda model: self.predict(model, x_t.to(self.dtype), times, condition)
+            self.model if model is None else model,
+            list(taken.values()),
+            lambda model: self.predict(model, x_t.to(self.dtype), times, condition),
         )
-        return {block: self.fold(point, raw[point], x_t) for block, point in points.items()}
+        values = {block: raw[point] for block, point in taken.items()}
+        values |= {block: discarded(values[block], discard[block], tap) for block, (_, tap) in calls.items()}
+        return {block: self.fold(point, values[block], x_t) for block, point in points.items()}
 
     def point(self, block: str) -> Point:
         """The point of a block name or of a module path written `/a.b`; ValueError for a name that is not known."""
@@ -111,6 +130,8 @@ class Backbone(ABC):
 
     def fold(self, point: Point, raw: Any, x_t: Float[Tensor, "b _c _h _w"]) -> Float[Tensor, "b c h w"]:
         """What `point` gave, as a map: maps as they are, tokens on their grid. Families drop their text tokens here."""
+        if isinstance(raw, Attended):
+            return fold_map(attention_map(raw), *grid_of(raw.q.shape[2], x_t.shape[-2], x_t.shape[-1]))
         value = raw[0] if isinstance(raw, tuple) else raw
         if value.ndim == 4:
             return value
@@ -172,23 +193,33 @@ class Backbone(ABC):
     @cached_property
     def flops(self) -> Mapping[str, float]:
         """For each named block, the share of the full forward's FLOPs that is spent when it is reached."""
-        spent: dict[Point, int] = {}
-        with self._shapes_only(self.size, self.size) as (x_t, condition), FlopCounterMode(display=False) as counter:
-            capture(
-                self.model,
-                list(self.points.values()),
-                lambda model: self.predict(model, x_t, self._times(self.clean_t, x_t), condition),
-                stop=False,
-                taken_at=lambda point: spent.setdefault(point, counter.get_total_flops()),
-            )
+        costs = self.costs(list(self.points), self.size, self.size)
+        return {block: cost.flops for block, cost in costs.items()}
+
+    def costs(self, blocks: Sequence[str], height: int, width: int) -> dict[str, Cost]:
+        """What each block costs and gives for images of height x width, from one forward on shapes alone."""
+        self.check_size(height, width)
+        points, spent = {block: self.point(block) for block in blocks}, dict[Point, int]()
+        with self._shapes_only(height, width) as (x_t, condition):
+            with FlopCounterMode(display=False) as counter:
+                raw = capture(
+                    self.model,
+                    list(points.values()),
+                    lambda model: self.predict(model, x_t, self._times(self.clean_t, x_t), condition),
+                    stop=False,
+                    taken_at=lambda point: spent.setdefault(point, counter.get_total_flops()),
+                )
+            shapes = {block: self.fold(point, raw[point], x_t).shape[1:] for block, point in points.items()}
         total = counter.get_total_flops()
-        return {name: spent[point] / total for name, point in self.points.items()}
+        return {block: Cost((*shapes[block],), spent[point] / total) for block, point in points.items()}
 
     @contextmanager
     def _shapes_only(self, height: int, width: int) -> Iterator[tuple[Tensor, Condition]]:
         """The input of one image that has shapes and no values, so that a forward costs nothing."""
         condition = self.blank_condition(1)
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        # On the meta device, where networks without weights are, no tensor has values anyway.
+        valueless = nullcontext() if self.device.type == "meta" else FakeTensorMode(allow_non_fake_inputs=True)
+        with torch.no_grad(), valueless:
             images = torch.zeros(1, 3, height, width, device=self.device)
             yield self.encode(images).to(self.dtype), condition
 
@@ -210,33 +241,6 @@ class Backbone(ABC):
     def weights_hash(self) -> str:
         """sha256 over the config and all weights of `networks`: names, dtypes, shapes and bytes."""
         return current_hash(self, self.networks)
-
-
-def current_hash(owner: object, networks: Mapping[str, nn.Module]) -> str:
-    """`hash_weights`, kept with `owner` until a weight is replaced, moved or changed in place.
-
-    A change through `.data` leaves no trace and is not seen; nor is one of tensors made in inference mode.
-    """
-    tensors = (tensor for network in networks.values() for tensor in (*network.parameters(), *network.buffers()))
-    state = tuple((tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
-    if vars(owner).get("_hashed", (None,))[0] != state:
-        vars(owner)["_hashed"] = state, hash_weights(networks)
-    return str(vars(owner)["_hashed"][1])
-
-
-def hash_weights(networks: Mapping[str, nn.Module]) -> str:
-    """sha256 (hex) over the networks' configs and their parameters and buffers: names, dtypes, shapes and bytes."""
-    digest = hashlib.sha256()
-    for network, module in sorted(networks.items()):
-        # Heads and groups leave no trace in the weights. Private entries say where a network was loaded from.
-        config = {key: value for key, value in getattr(module, "config", {}).items() if not key.startswith("_")}
-        # As JSON, in which a tuple in memory and the list read from a file are one.
-        digest.update(f"{network}:{json.dumps(config, sort_keys=True, default=str)}:".encode())
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().data)  # bytes, whatever the dtype
-    return digest.hexdigest()
 
 
 def grid_of(tokens: int, height: int, width: int) -> tuple[int, int]:

@@ -7,7 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repkit.backbones.base import Backbone, Cond, Condition
+from repkit.backbones.base import Backbone
+from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
 from repkit.backbones.latents import Latent, encode_pixels, encode_vae, vae_stride
 from repkit.backbones.parts import Parts
@@ -60,6 +61,7 @@ class DiT(Backbone):
             points[f"{name}.in"] = Point(path, "input")
             points[f"{name}.in.adaln"] = Point(f"{path}.norm1")
             points |= {f"{name}.attn.{part}": Point(f"{path}.attn1.to_{part}") for part in "qkv"}
+            points[f"{name}.attn.map"] = Point(f"{path}.attn1", "attention")
             points[f"{name}.attn.out"] = Point(f"{path}.attn1")
             points[f"{name}.mlp"] = Point(f"{path}.ff")
             points[name] = Point(path)

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from repkit.backbones.base import Cond
+from repkit.backbones.conditions import Cond
 
 
 def class_labels(

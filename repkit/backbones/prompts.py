@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from repkit.backbones.base import Cond, Condition, hash_weights
+from repkit.backbones.conditions import Cond, Condition
+from repkit.backbones.hashing import hash_weights
 
 Encoders = Mapping[str, Any]  # tokenizers and text encoders by their names in a pipeline: tokenizer, text_encoder_2
 

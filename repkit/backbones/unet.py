@@ -7,7 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repkit.backbones.base import Backbone, Cond, Condition
+from repkit.backbones.base import Backbone
+from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
 from repkit.backbones.latents import encode_pixels
 from repkit.backbones.parts import Parts

@@ -11,8 +11,10 @@ from repkit.capture import Point
 def unet_points(model: Any) -> dict[str, Point]:
     """`down.i`, `mid`, `up.i` (a stage's output, after its sampler), what lies inside them, and the `skip.n` tensors.
 
-    Inside a stage: `resnet.j` and its `conv2` (before the shortcut is added), `attn.j`, and the projections of
-    attention. `skip.0` is the first convolution's output, then one for each down layer and downsampler in turn.
+    Inside a stage: `resnet.j` and its `conv2` (before the shortcut is added), `attn.j`, and of each attention its
+    projections `q`, `k`, `v`, its `map` and its `out`. The keys and values of cross-attention are tokens of the text
+    and lie on no grid, so they have no names. `skip.0` is the first convolution's output, then one for each down layer
+    and downsampler in turn.
     """
     points: dict[str, Point] = {}
     skips = ["conv_in"]
@@ -47,14 +49,14 @@ def _attention_points(name: str, path: str, attention: nn.Module) -> Iterator[tu
         inner, inside = f"{name}.block.{index}", f"{path}.transformer_blocks.{index}"
         yield from _projections(f"{inner}.self", f"{inside}.attn1")
         if getattr(block, "attn2", None) is not None:
-            yield f"{inner}.cross.q", Point(f"{inside}.attn2.to_q")
-            yield f"{inner}.cross.out", Point(f"{inside}.attn2")
+            yield from _projections(f"{inner}.cross", f"{inside}.attn2", "q")
         yield f"{inner}.ff", Point(f"{inside}.ff")
 
 
-def _projections(name: str, path: str) -> Iterator[tuple[str, Point]]:
-    for part in "qkv":
+def _projections(name: str, path: str, projected: str = "qkv") -> Iterator[tuple[str, Point]]:
+    for part in projected:
         yield f"{name}.{part}", Point(f"{path}.to_{part}")
+    yield f"{name}.map", Point(path, "attention")
     yield f"{name}.out", Point(path)
 
 
