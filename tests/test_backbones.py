@@ -6,19 +6,19 @@ import pytest
 import torch
 from torch import nn
 
-from repkit.backbones.base import Backbone, Block, Condition, grid_of, hash_weights
+from repkit.backbones.base import Backbone, Block, grid_of
+from repkit.backbones.conditions import Condition
 from repkit.backbones.dit import DiT
+from repkit.backbones.hashing import hash_weights
 from repkit.backbones.unet import UNet
 from repkit.capture import Point, capture
 from repkit.schedule import Schedule
-from tests import tiny
-
-FAMILIES = tiny.OURS | tiny.TOLD
+from tests import families, tiny
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*families.BUILT, *families.PIPELINES])
 def backbone(request):
-    return FAMILIES[request.param]()
+    return families.build(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,19 @@ def dit():
 
 
 def inputs(backbone, rows, height, width):
-    cond = 0 if backbone.class_names else None
-    return backbone.encode(tiny.images(rows, height, width)), backbone.condition(cond, rows)
+    conds = each_another(backbone, rows)
+    return backbone.encode(tiny.images(rows, height, width)), backbone.condition(conds, rows)
+
+
+def each_another(backbone, rows):
+    """One for each row, each another where the network is told anything at all."""
+    if backbone.prompts is not None:
+        return ["a cat", "two dogs", "an owl"][:rows]
+    try:
+        backbone.condition(0, 1)
+    except ValueError:
+        return None  # unconditional
+    return list(range(rows))
 
 
 def odd_sizes(backbone):
@@ -92,7 +103,7 @@ def test_flops_grow_as_blocks_are_reached(backbone):
 
 
 def test_each_row_has_its_own_condition_and_time(backbone):
-    conds = tiny.NAMES if backbone.class_names else ["a", "bb", "ccc"] if backbone.name not in ("unet", "dit") else None
+    conds = each_another(backbone, 3)
     x0 = backbone.encode(tiny.images(3, backbone.size, backbone.size))
     t, name = torch.tensor([1, 50, 900]), list(backbone.points)[-1]
     together = backbone.activations(x0, t, backbone.condition(conds, 3), [name])[name]
@@ -238,12 +249,12 @@ def test_conditions_are_indexed_by_rows(grey):
         ("unet", (17, 30), "unet takes sides that are multiples of 2, not 17x30; nearest: 16x30"),
         ("unet", (1, 8), "nearest: 2x8"),
         ("dit", (16, 8), "dit takes 8x8 images only, not 16x8; resize them"),
-        ("sd3", (60, 64), "multiples of 16, not 60x64; nearest: 64x64"),
+        ("sd3", (6, 8), "takes sides that are multiples of 4, not 6x8; nearest: 8x8"),
     ],
 )
 def test_sizes_that_do_not_fit_name_the_nearest(family, size, message):
     with pytest.raises(ValueError, match=message):
-        FAMILIES[family]().check_size(*size)
+        families.build(family).check_size(*size)
 
 
 @pytest.mark.parametrize("names", [["nope"], ["mid", "up.*"], ["mid,up.0"]])
@@ -263,7 +274,7 @@ def test_module_paths_are_blocks_too():
 
 @pytest.mark.parametrize("family", ["unet", "skip", "resnet", "sd", "sdxl"])
 def test_skips_are_what_the_down_path_hands_over(family):
-    backbone = FAMILIES[family]()
+    backbone = families.build(family)
     x0, condition = inputs(backbone, 1, backbone.size, backbone.size)
     residuals = [backbone.activations(x0, 5, condition, ["/conv_in"])["/conv_in"]]
     for index in range(len(backbone.model.down_blocks)):
@@ -291,7 +302,7 @@ def test_a_config_without_size_is_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["unet", "grey", "dit"])
 def test_half_precision_stays_near(family, dtype):
-    backbone = FAMILIES[family]()
+    backbone = families.build(family)
     x0, condition = inputs(backbone, 2, backbone.size, backbone.size)
     name = "mid" if "mid" in backbone.points else "block.1"
     exact, prediction = backbone.activations(x0, 10, condition, [name])[name], backbone.denoise(x0, 10, condition)

@@ -16,7 +16,8 @@ from diffusers import (
 from einops import rearrange
 from torch import Tensor, nn
 
-from repkit.backbones.base import Backbone, Cond, Condition
+from repkit.backbones.base import Backbone
+from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.dit import DiT
 from repkit.backbones.unet import UNet
 from repkit.backbones.unet_points import unet_points

@@ -1,12 +1,22 @@
 """One text through one text encoder of transformers: CLIP's hidden states and pooled vector, T5's hidden states."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 logger = logging.getLogger("repkit")
+
+
+def needed(encoders: Mapping[str, Any], *names: str, model: str) -> list[Any]:
+    """The encoders and tokenizers of these names; ValueError, naming them, for those that the pipeline lacks."""
+    if missing := [name for name in names if encoders.get(name) is None]:
+        raise ValueError(
+            f"{model} came without {', '.join(missing)}, so no prompt can be encoded; get all of its parts"
+        )
+    return [encoders[name] for name in names]
 
 
 def clip(
