@@ -3,8 +3,9 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 ENV := .venv/.installed
+OLDEST := .venv-oldest/.installed
 
-.PHONY: demo test test-all lint check bench clean
+.PHONY: demo test test-oldest test-all lint check bench clean
 .NOTPARALLEL:
 
 demo: $(ENV)  ## the whole tour on the bundled model; writes demo/index.html
@@ -13,7 +14,10 @@ demo: $(ENV)  ## the whole tour on the bundled model; writes demo/index.html
 test: $(ENV)  ## the quick suite
 	$(BIN)/python -m pytest -q -m "not slow"
 
-test-all: $(ENV)  ## the whole suite
+test-oldest: $(OLDEST)  ## the quick suite on the oldest versions that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest -q -m "not slow"
+
+test-all: $(ENV) test-oldest  ## the quick suite on the oldest versions, then the whole suite
 	$(BIN)/python -m pytest -q
 
 lint: $(ENV)  ## style, format and types
@@ -28,12 +32,15 @@ bench: $(ENV)  ## every benchmark, one after the other
 
 clean:
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
-$(ENV): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found as python3.11 or python3;\
+$(ENV): constraints.txt
+$(OLDEST): constraints-oldest.txt
+
+$(ENV) $(OLDEST): pyproject.toml
+	@test -x $(@D)/bin/python || test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found as python3.11 or python3;\
 	 install one, or name it: make PYTHON=/path/to/python $(MAKECMDGOALS)" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; echo "$(PYTHON) -m venv failed;\
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D) || { rm -rf $(@D); echo "$(PYTHON) -m venv failed;\
 	 install its venv module (Debian: apt install python3-venv) or name another: make PYTHON=..." >&2; exit 2; }
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,serve]'
+	$(@D)/bin/python -m pip install --disable-pip-version-check -c $(filter constraints%,$^) -e '.[dev,serve]'
 	touch $@

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ HeadName = Literal["ridge", "logistic", "knn"]
 Metric = Literal["cosine", "ip", "l2"]
 Images = Annotated[Path, typer.Argument(help="a folder, an image, or a .csv or .parquet list with a path column")]
 Store = Annotated[Path, typer.Argument(help="a folder that repkit extract wrote")]
-Model = Annotated[str, typer.Option("--model", "-m", help="bundled name, diffusers folder, hub id, or timm:NAME")]
+Model = Annotated[str, typer.Option("--model", "-m", help="name of repkit models, folder, file, hub id, or timm:NAME")]
 Taps = Annotated[list[str] | None, typer.Option("--taps", "-t", help="BLOCKS@TIMES, e.g. 'mid,up.*@10,50'; repeatable")]
 Size = Annotated[int | None, typer.Option(min=1, help="side in pixels; default: the model's own")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
@@ -65,55 +66,91 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
-    """List what can be loaded by name."""
-    from repkit.zoo import bundled, describe
+def models(
+    name: Annotated[str | None, typer.Argument(help="show this one in full, with papers and mirrors")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what can be loaded by name.
 
-    found = [describe(name) for name in bundled()]
+    With the id on the hub, the licence, the image side, what the network predicts, and a tap that a paper recommends.
+    """
+    from repkit.catalog import aliases, bundled, describe
+
+    if name is not None:
+        _print_json(describe(name)) if as_json else _print_model(describe(name))
+        return
+    found = [describe(one) for one in (*bundled(), *aliases())]
     if as_json:
         _print_json({"models": found})
         return
+    width = max(len(model["name"]) for model in found)
     for model in found:
-        classes = f", {model['classes']} classes" if model["classes"] else ""
-        print(f"{model['name']:12} {model['class']}, {model['prediction']}-prediction, {model['size']} px{classes}")
-        if Path(model["card"]).is_file():
-            print(f"{'':12} {model['card']}")
-    print("\nbesides these: a diffusers folder, a hub id (owner/name), timm:NAME or timm:FOLDER (vision transformers)")
+        where = f"bundled, {model['classes']} classes" if model["bundled"] else _origin(model)
+        print(f"{model['name']:{width}} {model['size']:5} px  {model['prediction']:4}  {where}")
+    print("\nbesides these: a diffusers folder, a checkpoint file, a hub id (owner/name), timm:NAME or timm:FOLDER")
+
+
+def _origin(model: dict[str, Any]) -> str:
+    source = model["hub"] or f"file {model['file']['name']}"
+    gated = ", gated" if model["gated"] else ""
+    taps = [one for row in model["taps"] for one in row["taps"]]
+    more = f" and {len(taps) - 1} more" if len(taps) > 1 else ""
+    tap = f"; {taps[0] if len(taps[0]) < 40 else taps[0][:36] + ' ...'}{more}" if taps else ""
+    return f"{source} ({model['licence']}{gated}){tap}"
+
+
+def _print_model(model: dict[str, Any]) -> None:
+    for key, value in model.items():
+        if key in ("file", "denoiser"):
+            print(f"{key:12} {' in '.join(value[part] for part in ('name', 'file', 'page', 'hub') if part in value)}")
+        elif value and key not in ("taps", "like") and not isinstance(value, dict | bool):
+            print(f"{key:12} {', '.join(value) if isinstance(value, list) else value}")
+    for tap in model.get("taps", []):
+        print(f"\n-t '{' '.join(tap['taps'])}'\n    {tap['task']}: {tap['paper']}")
+        if "note" in tap:
+            print(f"    {tap['note']}")
 
 
 @app.command()
 def blocks(
-    model: Annotated[str, typer.Argument(help="bundled name, diffusers folder or hub id")],
+    model: Annotated[str, typer.Argument(help="bundled name, alias, diffusers folder, file or hub id")],
     everything: Annotated[bool, typer.Option("--all", help="also what lies inside the blocks")] = False,
+    size: Size = None,
     as_json: Json = False,
 ) -> None:
     """List a model's blocks, which taps are made of.
 
-    With their channels, their stride in image pixels, and the share of the FLOPs when the forward stops there.
+    With their channels, their stride in image pixels, the share of the FLOPs when the forward stops there, and the
+    bytes of an image's map in float32. Only configs are read, no weights.
     """
-    from repkit.zoo import load
-
     if model.startswith("timm:"):
         raise ValueError(f"{model} has the taps block.0, block.1, ... (also .norm, .q, .k, .v of each), norm and cls")
-    backbone = load(model)
-    names = [name for name in backbone.blocks if everything or name.count(".") < 2 and not name.startswith("skip")]
-    rows = [
-        {
-            "block": name,
-            "channels": backbone.blocks[name].channels,
-            "stride": backbone.blocks[name].stride,
-            "flops": backbone.flops[name],
-        }
-        for name in names
-    ]
+    from repkit.zoo import outline
+
+    backbone = outline(model, size=size)
+    stages = re.compile(r"(down|mid|up|block|single)(\.\d+)?")
+    names = [name for name in backbone.points if everything or stages.fullmatch(name)]
+    costs = backbone.costs(names, backbone.size, backbone.size)
+    strides = {name: backbone.size // cost.shape[1] for name, cost in costs.items()}
     if as_json:
+        rows = [
+            {
+                "block": name,
+                "channels": cost.shape[0],
+                "stride": strides[name],
+                "flops": cost.flops,
+                "bytes": cost.bytes,
+            }
+            for name, cost in costs.items()
+        ]
         _print_json({"model": backbone.name, "size": backbone.size, "blocks": rows})
         return
     width = max(len(name) for name in ["block", *names])
     print(f"{backbone.name}, {backbone.size} px; a tap is BLOCK@TIME, for example {names[len(names) // 2]}@100\n")
-    print(f"{'block':{width}}  channels  stride  FLOPs at exit")
-    for row in rows:
-        print(f"{row['block']:{width}}  {row['channels']:8}  {row['stride']:6}  {row['flops']:13.1%}")
+    print(f"{'block':{width}}  channels  stride  FLOPs at exit  bytes an image")
+    for name, cost in costs.items():
+        figures = f"{cost.shape[0]:8}  {strides[name]:6}  {cost.flops:13.1%}  {_bytes(cost.bytes):>14}"
+        print(f"{name:{width}}  {figures}")
 
 
 @app.command()
@@ -139,6 +176,10 @@ def extract(
     precision: Annotated[Precision, typer.Option(help="of the computation")] = "float32",
     revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the network")] = False,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE, merged into weights; repeatable")] = None,
+    denoiser: Annotated[str | None, typer.Option(help="file or folder with other weights for the denoiser")] = None,
+    vae: Annotated[str | None, typer.Option(help="folder or hub id of an autoencoder")] = None,
+    prompt_cache: Annotated[str | None, typer.Option(help="folder that keeps encoded prompts")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
     as_json: Json = False,
 ) -> None:
@@ -154,7 +195,7 @@ def extract(
     from repkit.listing import list_images
     from repkit.planning import check_conditions, make_conditions
     from repkit.progress import Progress
-    from repkit.tasks.building import build_extractor
+    from repkit.tasks.building import build_extractor, read_lora
 
     if size is None and resize != "crop":
         raise ValueError(f"--resize {resize} needs --size; without a size, images are cropped to the model's own")
@@ -170,6 +211,10 @@ def extract(
         dtype=precision,
         revision=revision,
         offline=offline,
+        lora=[read_lora(one) for one in lora or []],
+        denoiser=denoiser,
+        vae=vae,
+        prompt_cache=prompt_cache,
     )
     with _blaming("--prompt", prompt):
         check_conditions(extractor, make_conditions(listing, prompt))

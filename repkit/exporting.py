@@ -164,6 +164,8 @@ def _complete(job: Job, manifest: Manifest, progress: Progress) -> Timing:
     for shard, record in records.items():
         if record is not None:
             counts.add(shard.stop - shard.start, record["failures"])
+    if pending and job.conds is not None:
+        job.extractor.learn(dict.fromkeys(cond for one in pending for cond in job.conds[one.start : one.stop]))
     started, first = perf_counter(), counts.done
     spent = dict.fromkeys(("decode", "forward", "pooling", "write"), 0.0)
     fill(job, pending, spent, counts)

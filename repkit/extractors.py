@@ -1,7 +1,8 @@
 """DiffusionExtractor: images -> Features, at chosen blocks and times of a frozen denoiser."""
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,14 +16,22 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from repkit.backbones.base import Backbone, Block, Cond, Condition
-from repkit.features import Features, Identity, check_finite, identity_hash
+from repkit.backbones.base import Backbone, Block
+from repkit.backbones.conditions import Cond, Condition
+from repkit.capture import Point
+from repkit.compiling import compile_blocks, stand_in
+from repkit.features import Features, Identity, check_finite, check_latents, identity_hash
 from repkit.images import Resize, decode, decoder_identity, digest, to_tensor, to_uint8
+from repkit.massive import ADALN, call_points, massive_channels
 from repkit.noise import NOISE_VERSION, SHARED, batch_noise
-from repkit.taps import Time, parse_taps
+from repkit.precision import full_float32
+from repkit.taps import Tap, Time, parse_taps
+from repkit.trimming import trim as trim_to
 
 Images = Float[Tensor, "b 3 H W"] | Sequence[Image.Image | Path | str]
 Noise = Literal["image", "shared", "fresh"]
+
+logger = logging.getLogger("repkit")
 
 
 class Extractor(ABC):
@@ -33,7 +42,7 @@ class Extractor(ABC):
 
     resize: Resize
     blocks: Mapping[str, Block]
-    provenance: Mapping[str, str | None]
+    provenance: Mapping[str, Any]
 
     @property
     @abstractmethod
@@ -48,6 +57,9 @@ class Extractor(ABC):
     @abstractmethod
     def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
         """Extract every tap; see the extractor's own words for `cond`."""
+
+    def learn(self, conds: Iterable[Cond]) -> None:  # noqa: B027
+        """Get ready for what images will be told, where that takes something that can be freed afterwards."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,11 @@ class DiffusionExtractor(Extractor):
     taps: groups `BLOCKS@TIMES`. resize: how paths and PIL images become network inputs; None is the backbone's size,
     bicubic, centre crop. cond: a prompt, a class name or an index, for all images. draws: the mean is taken over that
     many noises. noise: "image" depends on the image's content, "shared" is the same for all, "fresh" is new each call.
+
+    compile: run the denoiser's blocks as compiled code: the first calls compile, and values move by their rounding.
+    trim: free all weights that the taps do not need, for good: the backbone, which `load` must have read, refuses later
+    taps and `denoise` afterwards. discard: for `*.in.adaln` taps, by key or block, the channels of the block's input
+    that are zero before its norm; `massive` finds candidates.
     """
 
     def __init__(
@@ -111,6 +128,9 @@ class DiffusionExtractor(Extractor):
         draws: int = 1,
         seed: int = 0,
         noise: Noise = "image",
+        compile: bool = False,
+        trim: bool = False,
+        discard: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         if noise not in ("image", "shared", "fresh"):
             raise ValueError(f"no noise {noise!r}; have image, shared, fresh")
@@ -121,13 +141,18 @@ class DiffusionExtractor(Extractor):
         if resize is not None and not isinstance(resize, Resize):
             raise TypeError(f"resize={resize!r}; give repkit.Resize(size, policy)")
         self.backbone, self.cond, self.draws, self.seed, self.noise = backbone, cond, draws, seed, noise
-        self.provenance = backbone.provenance
+        self.provenance = {**backbone.provenance, **({"compile": "blocks"} if compile else {})}
         self.resize = resize or Resize(backbone.size)
         self.taps = {str(tap): tap for tap in parse_taps(taps, list(backbone.points), model=backbone.name)}
         self.levels = {key: resolve(backbone, tap.time) for key, tap in self.taps.items() if tap.time is not None}
-        found = backbone.describe([tap.block for tap in self.taps.values()])
-        self.blocks = {key: found[tap.block] for key, tap in self.taps.items()}
+        names = [tap.block for tap in self.taps.values()]
+        self._found = backbone.shapes(names, backbone.size, backbone.size)
+        self.blocks = {key: self._block(tap.block) for key, tap in self.taps.items()}
+        self.discard = self._discard(discard or {})
         backbone.condition(cond, 1 if cond is None or isinstance(cond, str | int) else len(cond))
+        if trim:
+            trim_to(backbone, list(dict.fromkeys(names)))
+        self._compiled = compile_blocks(backbone.model, self._points()) if compile else None
 
     def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
         """Extract every tap with one forward for each (time, draw); `cond` overrides the extractor's.
@@ -141,14 +166,16 @@ class DiffusionExtractor(Extractor):
         self.backbone.check_size(height, width)
         digests = self._digests(batch.images)
         # A training loop's autocast around this call would change the values.
-        with nullcontext() if grad else torch.no_grad(), torch.autocast(self.backbone.device.type, enabled=False):
+        plain = torch.autocast(self.backbone.device.type, enabled=False)
+        with nullcontext() if grad else torch.no_grad(), plain, full_float32():
             x0 = self.backbone.encode(batch.images)
             condition = self.backbone.condition(self.cond if cond is None else cond, len(x0))
             maps: dict[str, Tensor] = {}
             for level in dict.fromkeys(self.levels.values()):
                 maps |= self._at(level, x0, condition, digests)
         if check:
-            check_finite(maps)
+            check_latents(x0)
+            check_finite(maps, _name(self.backbone.dtype))
         identity = self.identity if cond is None else {**self.identity, "cond": _plain(cond)}
         identity = {**identity, "resize": resize_identity(self.resize, height, width)}
         return Features({key: maps[key] for key in self.taps}, (height, width), batch.mask, identity)
@@ -156,13 +183,17 @@ class DiffusionExtractor(Extractor):
     def _at(self, level: Level, x0: Tensor, condition: Condition, digests: list[bytes]) -> dict[str, Tensor]:
         """The taps of one level, averaged over the draws."""
         keys = {key: self.taps[key].block for key, at in self.levels.items() if at == level}
+        discard = {self.taps[key].block: channels for key, channels in self.discard.items() if key in keys}
+        model = None if self._compiled is None else stand_in(self.backbone.model, self._compiled)
+        blocks = list(dict.fromkeys(keys.values()))
         draws = 1 if level.clean else self.draws
         mean: dict[str, Tensor] = {}
         for draw in range(draws):
             x_t = x0 if level.clean else self._noised(x0, level, digests, draw)
-            maps = self.backbone.activations(x_t, level.t, condition, list(dict.fromkeys(keys.values())))
+            maps = self.backbone.activations(x_t, level.t, condition, blocks, model=model, discard=discard)
             for key, block in keys.items():
-                value = maps[block].float() if draws == 1 else maps[block].float() / draws  # no copy for nothing
+                value = maps[block].float().contiguous()  # whatever the network's memory format
+                value = value if draws == 1 else value / draws  # no copy for nothing
                 mean[key] = mean[key] + value if key in mean else value
         return mean
 
@@ -181,7 +212,9 @@ class DiffusionExtractor(Extractor):
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, int, int]]:
         """(c, h, w) of each key's map for images that went through `resize`."""
-        found = self.backbone.shapes([tap.block for tap in self.taps.values()], *self.resize.shape)
+        found, side = self._found, self.backbone.size
+        if self.resize.shape != (side, side):
+            found = self.backbone.shapes(list(found), *self.resize.shape)
         return {key: found[tap.block] for key, tap in self.taps.items()}
 
     @property
@@ -200,10 +233,55 @@ class DiffusionExtractor(Extractor):
             "seed": self.seed,
             "noise": self.noise,
             "noise_version": NOISE_VERSION,
-            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "dtype": _name(self.backbone.dtype),
             **({} if self.backbone.prompts is None else {"text": self.backbone.prompts.hash}),
+            **({"discard": self.discard} if self.discard else {}),
             **self.backbone.options,
         }
+
+    def learn(self, conds: Iterable[Cond]) -> None:
+        """Encode what images will be told, then let go of the text encoders until a text comes that is not known."""
+        if self.backbone.prompts is None:
+            return
+        for cond in conds:
+            self.backbone.condition(cond, 1 if cond is None or isinstance(cond, str | int) else len(cond))
+        if freed := self.backbone.prompts.free():
+            logger.info("text encoders of %s freed: %.1f MiB", self.backbone.name, freed / 2**20)
+
+    def massive(self, images: Images, cond: Cond = None) -> dict[str, list[int]]:
+        """For each `*.in.adaln` tap, the channels of its block's input that dwarf the others: what to discard."""
+        keys = [key for key, tap in self.taps.items() if tap.block.endswith(ADALN)]
+        if not keys:
+            raise ValueError(f"massive channels matter to *{ADALN} taps, not to {', '.join(self.taps)}; add such a tap")
+        inputs = {key: str(Tap(self.taps[key].block.removesuffix(ADALN) + ".in", self.taps[key].time)) for key in keys}
+        settings: dict[str, Any] = {"resize": self.resize, "draws": self.draws, "seed": self.seed, "noise": self.noise}
+        told = self.cond if cond is None else cond
+        features = DiffusionExtractor(self.backbone, list(inputs.values()), cond=told, **settings)(images)
+        return {key: massive_channels(features[inputs[key]]) for key in keys}
+
+    def _block(self, name: str) -> Block:
+        channels, height, _ = self._found[name]
+        return Block(channels, self.backbone.size // height)
+
+    def _points(self) -> list[Point]:
+        """Where the taps reach into the network."""
+        inside = [call_points(self.backbone.points, self.taps[key].block)[0] for key in self.discard]
+        return [*(self.backbone.point(tap.block) for tap in self.taps.values()), *inside]
+
+    def _discard(self, given: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """The channels for each tap, from what was given by key or by block."""
+        found: dict[str, list[int]] = {}
+        for name, channels in given.items():
+            keys = [key for key, tap in self.taps.items() if name in (key, tap.block)]
+            if not keys:
+                raise ValueError(f"no tap {name!r} to discard channels of; have {', '.join(self.taps)}")
+            for key in keys:
+                call_points(self.backbone.points, self.taps[key].block)  # refuses what has no norm of its own
+                count = self.blocks[key].channels
+                if wrong := [channel for channel in channels if not 0 <= channel < count]:
+                    raise ValueError(f"no channel {wrong[0]} in {key} to discard; have 0 ... {count - 1}")
+                found[key] = sorted({*found.get(key, []), *channels})
+        return found
 
     def _resolved(self, level: Level) -> dict[str, Any]:
         if level.clean:
@@ -211,6 +289,10 @@ class DiffusionExtractor(Extractor):
         alpha, sigma = (float(value) for value in self.backbone.schedule.coefficients(level.t))
         # Rounded, because the last bits of a schedule's table differ between machines.
         return {"t": level.t, "logsnr": round(2 * (log(alpha) - log(sigma)), 4) if alpha and sigma else None}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plain(cond: Cond) -> str | int | list[str | int] | None:

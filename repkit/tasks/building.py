@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from repkit.backbones.base import Cond
+from repkit.backbones.conditions import Cond
 from repkit.dino import DinoExtractor
 from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import Identity, identity_differences
 from repkit.images import Resize
 from repkit.zoo import load
 
+CHANGES = ("lora", "denoiser", "vae", "config", "prompt_cache", "channels_last")  # what provenance keeps of `load`
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -28,14 +29,21 @@ def build_extractor(
     dtype: str = "float32",
     revision: str | None = None,
     offline: bool = False,
+    **changes: Any,
 ) -> Extractor:
-    """An extractor by name: `timm:NAME` is a DinoExtractor, anything else a diffusion backbone as `load` takes it."""
+    """An extractor by name: `timm:NAME` is a DinoExtractor, anything else a diffusion backbone as `load` takes it.
+
+    changes: what else `load` takes: lora, denoiser, vae, prompt_cache and so on; what is None or empty is left out.
+    """
     _check_device(device)
+    changes = {name: value for name, value in changes.items() if value}
+    if model.startswith("timm:") and changes:
+        raise ValueError(f"{', '.join(changes)} given for {model}; that is for diffusion models")
     if model.startswith("timm:"):
         return DinoExtractor(model, taps or ("norm",), resize=resize, device=device, dtype=_dtype(dtype))
     if not taps:
         raise ValueError(f"no taps for {model}; give -t BLOCKS@TIMES, for example -t mid@100 (blocks: repkit blocks)")
-    backbone = load(model, device=device, dtype=_dtype(dtype), revision=revision, offline=offline)
+    backbone = load(model, device=device, dtype=_dtype(dtype), revision=revision, offline=offline, **changes)
     return DiffusionExtractor(backbone, taps, resize=resize, cond=cond, draws=draws, seed=seed, noise=noise)
 
 
@@ -66,10 +74,26 @@ def rebuild_extractor(
         device=device,
         dtype=identity["dtype"],
         revision=None if model else provenance.get("revision"),
+        **_changes(provenance),
     )
     if differences := identity_differences(dict(extractor.identity), dict(identity)):
         raise ValueError(f"{source} is not what made these features: {'; '.join(differences)}")
     return extractor
+
+
+def _changes(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """What was changed when the model was loaded; JSON has made lists of the pairs of path and scale."""
+    changes = {name: provenance[name] for name in CHANGES if name in provenance}
+    return changes | ({"lora": [tuple(one) for one in changes["lora"]]} if "lora" in changes else {})
+
+
+def read_lora(text: str) -> tuple[str, float]:
+    """A LoRA as it is written on the command line: FILE or FILE:SCALE."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # a colon of the path
+        return text, 1.0
 
 
 def _check_device(name: str) -> None:
