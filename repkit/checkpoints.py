@@ -111,5 +111,6 @@ def _unreadable(path: Path, error: Exception) -> str:
             f"{path} holds Python objects, and reading those can run code; where you trust it, write its state_dict() "
             "with torch.save or safetensors and give that"
         )
-    why = what.splitlines()[0].partition(". ")[0] if what else type(error).__name__
+    said = bool(what) and not what.isdigit()  # a number is a byte that pickle made nothing of
+    why = what.splitlines()[0].partition(". ")[0] if said else type(error).__name__
     return f"cannot read {path}: {why}; the file is not whole or no checkpoint, get it again"

@@ -24,6 +24,7 @@ from repkit.capture import Point, capture
 from repkit.extractors import Extractor, Images, prepare, resize_identity
 from repkit.features import Features, Identity, check_finite
 from repkit.images import Resize, decoder_identity
+from repkit.precision import full_float32
 from repkit.taps import parse_blocks
 
 Tokens = Float[Tensor, "b n c"]
@@ -95,7 +96,8 @@ class DinoExtractor(Extractor):
         height, width = batch.images.shape[-2:]
         self.check_size(height, width)
         # A training loop's autocast around this call would change the values.
-        with nullcontext() if grad else torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+        plain = torch.autocast(self.device.type, enabled=False)
+        with nullcontext() if grad else torch.no_grad(), plain, full_float32():
             pixels = self._normalise(batch.images)
             points = [reading.point for reading in self.readings.values()]
             raw = capture(self.model, points, lambda model: model.forward_features(pixels))  # type: ignore[operator]

@@ -164,8 +164,9 @@ def _complete(job: Job, manifest: Manifest, progress: Progress) -> Timing:
     for shard, record in records.items():
         if record is not None:
             counts.add(shard.stop - shard.start, record["failures"])
-    if pending and job.conds is not None:
-        job.extractor.learn(dict.fromkeys(cond for one in pending for cond in job.conds[one.start : one.stop]))
+    if pending:
+        told = None if job.conds is None else [cond for one in pending for cond in job.conds[one.start : one.stop]]
+        job.extractor.learn(told)
     started, first = perf_counter(), counts.done
     spent = dict.fromkeys(("decode", "forward", "pooling", "write"), 0.0)
     fill(job, pending, spent, counts)

@@ -58,7 +58,7 @@ class Extractor(ABC):
     def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
         """Extract every tap; see the extractor's own words for `cond`."""
 
-    def learn(self, conds: Iterable[Cond]) -> None:  # noqa: B027
+    def learn(self, conds: Iterable[Cond] | None = None) -> None:  # noqa: B027
         """Get ready for what images will be told, where that takes something that can be freed afterwards."""
 
 
@@ -239,11 +239,14 @@ class DiffusionExtractor(Extractor):
             **self.backbone.options,
         }
 
-    def learn(self, conds: Iterable[Cond]) -> None:
-        """Encode what images will be told, then let go of the text encoders until a text comes that is not known."""
+    def learn(self, conds: Iterable[Cond] | None = None) -> None:
+        """Encode what images will be told, then let go of the text encoders until a text comes that is not known.
+
+        conds: None is the extractor's own condition.
+        """
         if self.backbone.prompts is None:
             return
-        for cond in conds:
+        for cond in [self.cond] if conds is None else dict.fromkeys(conds):
             self.backbone.condition(cond, 1 if cond is None or isinstance(cond, str | int) else len(cond))
         if freed := self.backbone.prompts.free():
             logger.info("text encoders of %s freed: %.1f MiB", self.backbone.name, freed / 2**20)

@@ -115,11 +115,12 @@ def _reason(error: Exception) -> str:
         errors.GatedRepoError: "access has not been granted",
         errors.RevisionNotFoundError: "it has no such revision",
         errors.RepositoryNotFoundError: "there is no such id, or it is private",
-        errors.RemoteEntryNotFoundError: "it has no such file",
+        errors.EntryNotFoundError: "it has no such file",
     }
     links = list(_chain(error))
+    answers = [link for link in links if not isinstance(link, errors.LocalEntryNotFoundError)]
     for kind, words in told.items():  # a gated repository is also one that was not found
-        if any(isinstance(link, kind) for link in links):
+        if any(isinstance(link, kind) for link in answers):
             return words
     if any("safetensors" in str(link) for link in links):
         return "it has no safetensors; load it with diffusers where you trust it, save_pretrained, and give that folder"

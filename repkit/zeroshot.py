@@ -16,6 +16,7 @@ from repkit.backbones.conditions import Condition
 from repkit.extractors import Images, prepare
 from repkit.images import Resize, digest, to_uint8
 from repkit.noise import noise_like
+from repkit.precision import full_float32
 
 Label = str | int
 
@@ -148,10 +149,11 @@ class DiffusionClassifier:
         batch = prepare(images, self.resize, self.backbone.device)
         self.backbone.check_size(*batch.images.shape[-2:])
         digests = [digest(image) for image in to_uint8(batch.images)]
-        x0 = torch.cat([self.backbone.encode(part) for part in batch.images.split(self.batch_size)])
-        counts = (len(x0), len(self.times), len(self.classes))
+        counts = (len(batch.images), len(self.times), len(self.classes))
         rows = torch.cartesian_prod(*(torch.arange(count) for count in counts))
-        with torch.autocast(x0.device.type, enabled=False):  # a training loop's would change the values
+        plain = torch.autocast(self.backbone.device.type, enabled=False)  # a training loop's would change the values
+        with plain, full_float32():
+            x0 = torch.cat([self.backbone.encode(part) for part in batch.images.split(self.batch_size)])
             errors = torch.cat([self._errors_of(part, x0, digests) for part in rows.split(self.batch_size)])
         self._check_finite(errors, rows)
         return rearrange(errors, "(b n k) -> b k n", b=counts[0], n=counts[1])

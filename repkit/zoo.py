@@ -99,12 +99,8 @@ def load(
     else:
         _refuse("a pipeline", extractor=extractor, config=config)
         folder = find(str(model), revision=revision, offline=offline)
-        _check_known(denoiser_classes(folder), str(folder))  # before any weights are read
-        name = folder.resolve().name if folder == Path(model) else str(model)
-        parts = read_folder(
-            folder, name, device=device, dtype=dtype, vae_dtype=vae_dtype, latent=latent, prompt_cache=cache
-        )
-        backbone = _overlaid(parts, str(model), denoiser, other_vae, offline)
+        read = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "latent": latent, "prompt_cache": cache}
+        backbone = _from_folder(folder, model, read, denoiser, other_vae, offline)
         backbone.provenance = {"model": _named(model, folder), "revision": revision}
     merged = merge_loras(backbone.model, lora)
     if channels_last:
@@ -112,6 +108,10 @@ def load(
             network.to(memory_format=torch.channels_last)
     given: dict[str, Any] = {"denoiser": _absolute(denoiser), "lora": merged, "vae": _absolute(vae), "config": config}
     given |= {"prompt_cache": _absolute(cache), "channels_last": channels_last}
+    given |= {
+        "vae_dtype": vae_dtype and str(vae_dtype).removeprefix("torch."),
+        "latent": latent if latent != "mode" else None,
+    }
     backbone.provenance = {**backbone.provenance, **{key: value for key, value in given.items() if value}}
     return backbone
 
@@ -158,18 +158,22 @@ def _refuse(kind: str, **options: Any) -> None:
         raise ValueError(f"{', '.join(given)}= given with {kind}; leave it out")
 
 
-def _overlaid(parts: Parts, model: str, denoiser: str | Path | None, vae: Any, offline: bool) -> Backbone:
-    """The backbone of a pipeline with another autoencoder, or another denoiser: the one given, or an alias's own."""
+def _from_folder(
+    folder: Path, model: str | Path, read: Mapping[str, Any], denoiser: str | Path | None, vae: Any, offline: bool
+) -> Backbone:
+    """The backbone of a pipeline, with another autoencoder, or another denoiser: the one given, or an alias's own."""
+    _check_known(denoiser_classes(folder), str(folder))  # before any weights are read
+    parts = read_folder(folder, folder.resolve().name if folder == Path(model) else str(model), **read)
     if vae is not None:
         parts = replace(parts, networks={**parts.networks, "vae": vae})
     if denoiser is not None:
         return _build(swap_denoiser(parts, Path(denoiser)))
-    known = entry(model) if model in aliases() else {}
+    known = entry(str(model)) if str(model) in aliases() else {}
     if "denoiser" not in known:
         return _build(parts)
     name = known["denoiser"]["file"]
-    folder = fetch_files(known["denoiser"]["hub"], [name], offline=offline)
-    backbone = _build(swap_denoiser(parts, folder / name))
+    place_of = fetch_files(known["denoiser"]["hub"], [name], offline=offline)
+    backbone = _build(swap_denoiser(parts, place_of / name))
     backbone.clean_t = known["clean_t"]
     return backbone
 

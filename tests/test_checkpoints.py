@@ -99,6 +99,12 @@ def test_a_file_of_something_else_is_an_os_error(tmp_path, suffix):
         read_checkpoint(path)
 
 
+def test_a_file_of_other_bytes_is_not_told_as_a_number(tmp_path):
+    (tmp_path / "mine.pt").write_bytes(b"hello")
+    with pytest.raises(OSError, match=r"cannot read .*mine.pt: [A-Za-z]+; the file is not whole"):
+        read_checkpoint(tmp_path / "mine.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

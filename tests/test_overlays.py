@@ -158,14 +158,11 @@ def test_weights_of_another_network(folder, base, tmp_path):
 def test_an_alias_swaps_its_denoiser_in_and_tells_it_its_time(folder, tmp_path, monkeypatch):
     other = tiny_sd.sd_unet(seed=5)
     save_file(other.state_dict(), tmp_path / "cleandift_sd15_unet.safetensors")
-    asked = []
-    monkeypatch.setattr(hub, "fetch_pipeline", lambda ids, **options: asked.append(ids) or folder)
-    monkeypatch.setattr(zoo, "fetch_files", lambda one, names, **options: asked.append((one, names)) or tmp_path)
+    ids = (catalog.entry("sd15")["hub"], *catalog.entry("sd15")["mirrors"])
+    there = {ids: folder, ("CompVis/cleandift", "cleandift_sd15_unet.safetensors"): tmp_path}
+    monkeypatch.setattr(hub, "fetch_pipeline", lambda ids, **options: there[tuple(ids)])
+    monkeypatch.setattr(zoo, "fetch_files", lambda one, names, **options: there[one, *names])
     backbone = zoo.load("cleandift-sd15")
-    assert asked == [
-        [catalog.entry("sd15")["hub"], *catalog.entry("sd15")["mirrors"]],
-        ("CompVis/cleandift", ["cleandift_sd15_unet.safetensors"]),
-    ]
     assert backbone.clean_t == 261 and backbone.provenance == {"model": "cleandift-sd15", "revision": None}
     assert torch.equal(backbone.model.state_dict()["conv_in.weight"], other.state_dict()["conv_in.weight"])
     extract = DiffusionExtractor(backbone, "up.0@clean")

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import httpx
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -23,7 +24,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from repkit import catalog, zoo
+from repkit import catalog, hub, zoo
 from repkit.extractors import DiffusionExtractor
 from tests import tiny
 
@@ -207,6 +208,18 @@ def test_an_id_that_is_gone_names_its_alias(downloads):
     downloads(refused_by_hub(RepositoryNotFoundError))
     message = refusal("runwayml/stable-diffusion-v1-5", OSError)
     assert "sd15 has the same weights from stable-diffusion-v1-5/stable-diffusion-v1-5" in message
+
+
+def test_single_files_are_asked_for_once(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    found = Downloads(str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
+    assert hub.fetch_files("a/b", ["config.json"]) == tmp_path and len(found.calls) == 1
+    with pytest.raises(OSError, match="a/b on the hub, or what the cache has of it, lacks c.safetensors"):
+        hub.fetch_files("a/b", ["config.json", "c.safetensors"])
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Downloads(UNREACHED))
+    with pytest.raises(OSError, match="cannot get 'a/b' from the hub: it is not in the cache and the hub was not"):
+        hub.fetch_files("a/b", ["config.json"])
 
 
 def test_an_alias_that_is_a_file_says_where_it_is():

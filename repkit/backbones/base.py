@@ -167,11 +167,18 @@ class Backbone(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self._a_parameter.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return self._a_parameter.dtype
+
+    @property
+    def _a_parameter(self) -> Tensor:
+        """One that has values, unless none has: those that were trimmed are on the meta device."""
+        parameters = self.model.parameters()
+        first = next(parameters)
+        return first if first.device.type != "meta" else next((p for p in parameters if p.device.type != "meta"), first)
 
     @cached_property
     def blocks(self) -> Mapping[str, Block]:

@@ -31,5 +31,7 @@ def encode_vae(vae: Any, images: Float[Tensor, "b 3 H W"], latent: Latent) -> Fl
 
 
 def vae_stride(vae: Any) -> int:
-    """Image pixels a latent pixel."""
+    """Image pixels a latent pixel. Raises ValueError where a model on latents came without an autoencoder."""
+    if vae is None:
+        raise ValueError("the pipeline came without its vae, so images cannot become latents; get all of its parts")
     return 2 ** (len(vae.config.block_out_channels) - 1)

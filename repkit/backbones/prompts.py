@@ -49,7 +49,7 @@ class TextEncoders:
 
     @property
     def hash(self) -> str:
-        """sha256 over the encoders' configs and weights and the tokenizers' classes and sizes."""
+        """sha256 over the encoders' configs and weights, and the tokenizers' vocabularies and lengths."""
         if self._hash is None:
             self._hash = self._recorded() or self._computed()
         return self._hash
@@ -59,7 +59,8 @@ class TextEncoders:
         digest = hashlib.sha256(hash_weights(_networks(encoders)).encode())
         for name, part in sorted(encoders.items()):
             if part is not None and not isinstance(part, nn.Module):
-                digest.update(f"{name}:{len(part)}:{part.model_max_length}".encode())
+                vocabulary = sorted(part.get_vocab().items())
+                digest.update(f"{name}:{part.model_max_length}:{vocabulary}".encode())
         if (record := self._record()) is not None:
             _write(record, lambda path: path.write_text(digest.hexdigest()))
         return digest.hexdigest()
@@ -125,7 +126,7 @@ class Prompts:
         if len(each) != batch:
             raise ValueError(f"{len(each)} prompts for {batch} images; give one for all or one for each")
         for one in each:
-            if not (one is None or isinstance(one, str)):
+            if not (isinstance(one, str) or (one is None and cond is None)):
                 raise ValueError(f"{self._model} is told a text, not the class {one!r}; give cond= a prompt")
         return list(each)
 

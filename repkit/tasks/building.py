@@ -12,7 +12,8 @@ from repkit.features import Identity, identity_differences
 from repkit.images import Resize
 from repkit.zoo import load
 
-CHANGES = ("lora", "denoiser", "vae", "config", "prompt_cache", "channels_last")  # what provenance keeps of `load`
+# What provenance keeps of `load`.
+CHANGES = ("lora", "denoiser", "vae", "config", "prompt_cache", "channels_last", "vae_dtype", "latent")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,6 +30,7 @@ def build_extractor(
     dtype: str = "float32",
     revision: str | None = None,
     offline: bool = False,
+    discard: Mapping[str, Sequence[int]] | None = None,
     **changes: Any,
 ) -> Extractor:
     """An extractor by name: `timm:NAME` is a DinoExtractor, anything else a diffusion backbone as `load` takes it.
@@ -44,7 +46,8 @@ def build_extractor(
     if not taps:
         raise ValueError(f"no taps for {model}; give -t BLOCKS@TIMES, for example -t mid@100 (blocks: repkit blocks)")
     backbone = load(model, device=device, dtype=_dtype(dtype), revision=revision, offline=offline, **changes)
-    return DiffusionExtractor(backbone, taps, resize=resize, cond=cond, draws=draws, seed=seed, noise=noise)
+    settings: dict[str, Any] = {"resize": resize, "cond": cond, "draws": draws, "seed": seed, "noise": noise}
+    return DiffusionExtractor(backbone, taps, discard=discard, **settings)
 
 
 def rebuild_extractor(
@@ -71,6 +74,7 @@ def rebuild_extractor(
         draws=identity.get("draws", 1),
         seed=identity.get("seed", 0),
         noise=identity.get("noise", "image"),
+        discard=identity.get("discard"),
         device=device,
         dtype=identity["dtype"],
         revision=None if model else provenance.get("revision"),
@@ -84,7 +88,11 @@ def rebuild_extractor(
 def _changes(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What was changed when the model was loaded; JSON has made lists of the pairs of path and scale."""
     changes = {name: provenance[name] for name in CHANGES if name in provenance}
-    return changes | ({"lora": [tuple(one) for one in changes["lora"]]} if "lora" in changes else {})
+    if "lora" in changes:
+        changes["lora"] = [tuple(one) for one in changes["lora"]]
+    if "vae_dtype" in changes:
+        changes["vae_dtype"] = DTYPES[changes["vae_dtype"]]
+    return changes
 
 
 def read_lora(text: str) -> tuple[str, float]:
