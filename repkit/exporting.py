@@ -165,7 +165,8 @@ def _complete(job: Job, manifest: Manifest, progress: Progress) -> Timing:
         if record is not None:
             counts.add(shard.stop - shard.start, record["failures"])
     if pending:
-        told = None if job.conds is None else [cond for one in pending for cond in job.conds[one.start : one.stop]]
+        conds = job.conds
+        told = None if conds is None else dict.fromkeys(cond for one in pending for cond in conds[one.start : one.stop])
         job.extractor.learn(told)
     started, first = perf_counter(), counts.done
     spent = dict.fromkeys(("decode", "forward", "pooling", "write"), 0.0)

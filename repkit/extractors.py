@@ -246,7 +246,7 @@ class DiffusionExtractor(Extractor):
         """
         if self.backbone.prompts is None:
             return
-        for cond in [self.cond] if conds is None else dict.fromkeys(conds):
+        for cond in [self.cond] if conds is None else conds:
             self.backbone.condition(cond, 1 if cond is None or isinstance(cond, str | int) else len(cond))
         if freed := self.backbone.prompts.free():
             logger.info("text encoders of %s freed: %.1f MiB", self.backbone.name, freed / 2**20)

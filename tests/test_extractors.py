@@ -573,6 +573,16 @@ def test_learned_prompts_need_no_text_encoder(tmp_path):
         extract(images, "an owl")
 
 
+def test_an_export_without_prompts_frees_the_text_encoders_too(tmp_path):
+    folder, photos = tmp_path / "sd", tmp_path / "photos"
+    tiny_sd.sd_pipeline().save_pretrained(folder)
+    photos.mkdir()
+    Image.new("RGB", (16, 16), "red").save(photos / "a.png")
+    extract = DiffusionExtractor(load(folder), "mid@100")
+    assert export(photos, extract, tmp_path / "features", workers=0).array("mid@100").shape[0] == 1
+    assert extract.backbone.prompts.free() == 0  # nothing is left to be freed
+
+
 def test_trimming_and_exports_free_the_text_encoders(tmp_path):
     folder, photos = tmp_path / "sd", tmp_path / "photos"
     tiny_sd.sd_pipeline().save_pretrained(folder)

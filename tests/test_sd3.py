@@ -40,7 +40,9 @@ def both(request, pipelines, folders):
 
 def encoded(pipeline, text):
     """Tokens and pooled vector."""
-    return pipeline.encode_prompt(text, None, None, do_classifier_free_guidance=False)[::2]
+    tokens, pooled = pipeline.encode_prompt(text, None, None, do_classifier_free_guidance=False)[::2]
+    # In place of a missing T5, older diffusers put 77 zeros, not as many as there are tokens of T5.
+    return nn.functional.pad(tokens, (0, 0, 0, 77 + 256 - tokens.shape[1])), pooled
 
 
 def latents(pipeline, images):
@@ -101,7 +103,7 @@ def test_predictions_by_hand(both):
     torch.testing.assert_close(backbone.schedule.convert(ours, x_t, t, to="eps"), x_t + 0.6 * flow)
 
 
-@pytest.mark.parametrize("name", BUILDS)
+@pytest.mark.parametrize("name", ["sd3", "sd35-medium"])
 def test_the_pipeline_calls_the_network_as_we_do(pipelines, name):
     pipeline = pipelines[name]
     pipeline.set_progress_bar_config(disable=True)

@@ -74,7 +74,7 @@ def test_non_finite_features_are_left_to_the_caller(pictures):
     broken.features.extractor.model.norm.weight.data.fill_(float("nan"))
     extract = DiffusionExtractor(broken, "block.0@clean")
     assert extract(pictures, check=False)["block.0@clean"].isnan().all()
-    with pytest.raises(FloatingPointError, match="block.0@clean is not finite in 2 of 2 images"):
+    with pytest.raises(FloatingPointError, match="the latents are not finite in 2 of 2 images"):
         extract(pictures)
 
 
