@@ -64,6 +64,13 @@ def merge_loras(denoiser: Any, loras: Lora | Sequence[Lora]) -> list[tuple[str, 
     return [(str(path.resolve()), scale) for path, scale in pairs]
 
 
+def check_loras(loras: Lora | Sequence[Lora]) -> None:
+    """Raise OSError for a file that is not there: better said before a model is loaded than after."""
+    for path, _ in _pairs(loras):
+        if not path.is_file():
+            raise OSError(f"no file {path} for lora=; give the path of a safetensors file")
+
+
 def _pairs(loras: Lora | Sequence[Lora]) -> list[tuple[Path, float]]:
     """Paths and scales of one LoRA or of several."""
     if isinstance(loras, str | Path):

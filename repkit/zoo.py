@@ -17,7 +17,7 @@ from repkit.backbones.prompts import TextEncoders
 from repkit.catalog import MODELS, alias_of, aliases, bundled, describe, entry
 from repkit.checkpoints import SUFFIXES, load_checkpoint
 from repkit.hub import CONFIG_FILES, fetch_files, find
-from repkit.overlays import Lora, merge_loras, swap_denoiser
+from repkit.overlays import Lora, check_loras, merge_loras, swap_denoiser
 from repkit.pipelinefolder import (
     DENOISERS,
     blank_network,
@@ -90,6 +90,7 @@ def load(
         changes = {"denoiser": denoiser, "lora": lora or None, "vae": vae, "extractor": extractor, "config": config}
         _refuse("a pipeline in memory, which stays as it is", **changes, channels_last=channels_last)
         return _build(_take_apart(model, latent, cache))
+    check_loras(lora)
     other_vae = None if vae is None else _read_vae(str(vae), device, vae_dtype or dtype, offline)
     if _is_file(model):
         _refuse("a file", denoiser=denoiser, prompt_cache=cache)

@@ -125,6 +125,7 @@ def test_files_that_are_no_lora(folder, base, tmp_path):
         zoo.load(folder, lora=tmp_path / "no.safetensors")
     with pytest.raises(OSError, match="cannot read .*cut.safetensors"):
         zoo.load(folder, lora=tmp_path / "cut.safetensors")
+    (tmp_path / "lora.bin").touch()
     with pytest.raises(ValueError, match="lora.bin' is no .safetensors file"):
         zoo.load(folder, lora=tmp_path / "lora.bin")
     with pytest.raises(ValueError, match="no LoRA for a DiTTransformer2DModel .*; have UNet2DConditionModel, "):
@@ -216,3 +217,8 @@ def test_a_random_control_of_a_text_model_keeps_its_prompts(folder):
     )
     assert one.shape == two.shape and not torch.allclose(one, two)
     assert control.prompts.hash == backbone.prompts.hash and control.name.endswith("(random init)")
+
+
+def test_a_missing_lora_is_told_before_anything_is_loaded(tmp_path):
+    with pytest.raises(OSError, match="no file .*nowhere.safetensors for lora="):
+        zoo.load("owner/never-asked-for", lora=[(tmp_path / "nowhere.safetensors", 0.5)])
