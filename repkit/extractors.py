@@ -273,6 +273,8 @@ class DiffusionExtractor(Extractor):
 
     def _discard(self, given: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """The channels for each tap, from what was given by key or by block."""
+        if not isinstance(given, Mapping):
+            raise TypeError(f"discard={given!r}; give a mapping such as {{'single.9.in.adaln': [154, 1446]}}")
         found: dict[str, list[int]] = {}
         for name, channels in given.items():
             keys = [key for key, tap in self.taps.items() if name in (key, tap.block)]

@@ -102,7 +102,8 @@ def read_network(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
         )
     except Exception as error:  # safetensors, diffusers and the file system each have their own way to say it
         raise OSError(
-            f"cannot read {class_name} from {folder}: {reason(error)}; it needs config.json and safetensors"
+            f"cannot read {class_name} from {folder}: {reason(error).rstrip('.')}; it needs config.json and whole "
+            "safetensors, so get it again if it was cut short"
         ) from error
     if missing := found["missing_keys"]:  # diffusers would leave them random
         raise OSError(f"{folder} lacks {len(missing)} weights of {class_name}, {missing[0]} first; get it again")
@@ -139,6 +140,8 @@ def _read_text_part(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
     """A tokenizer, or a text encoder of transformers. Raises OSError where it cannot be read."""
     import transformers
 
+    if not folder.is_dir() or not any(folder.iterdir()):  # transformers would ask the hub, or make an empty tokenizer
+        raise OSError(f"no {folder.name} in {folder.parent}; without it no prompt can be encoded; get the whole model")
     options = {"dtype": dtype, "use_safetensors": True} if folder.name.startswith("text_encoder") else {}
     try:
         return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True, **options)
