@@ -62,7 +62,10 @@ def target(kind, x0, eps, alpha, sigma, sigma_data, sign=1):
 @pytest.mark.parametrize("zero_snr", [False, True])
 @pytest.mark.parametrize("curve", [*CURVES, "sigmoid", "laplace"])
 def test_add_noise_equals_ddpm(curve, zero_snr, generator):
-    theirs = theirs_of("DDPM", beta_schedule=curve, rescale_betas_zero_snr=zero_snr)
+    try:
+        theirs = theirs_of("DDPM", beta_schedule=curve, rescale_betas_zero_snr=zero_snr)
+    except NotImplementedError:
+        pytest.skip(f"this diffusers has no {curve}")
     t = torch.tensor([0, 1, 37, 500, 998, 999])
     x0, eps = randn(generator, 2, 6, 3, 4, 4, dtype=torch.float32)
     ours = Schedule.from_diffusers(theirs).add_noise(x0, eps, t)

@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from repkit.attention import Attended, attention_map, fold_map
 from repkit.backbones.conditions import Cond, Condition
@@ -23,6 +23,9 @@ from repkit.capture import Point, capture
 from repkit.massive import call_points, discarded
 from repkit.schedule import Schedule
 from repkit.taps import parse_blocks
+
+# Attention on CPUs, which older torch does not count.
+_UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop}
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class Backbone(ABC):
         self.check_size(height, width)
         points, spent = {block: self.point(block) for block in blocks}, dict[Point, int]()
         with self._shapes_only(height, width) as (x_t, condition):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
                 raw = capture(
                     self.model,
                     list(points.values()),
