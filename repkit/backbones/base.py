@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from repkit.attention import Attended, attention_map, fold_map
 from repkit.backbones.conditions import Cond, Condition
@@ -26,7 +26,7 @@ from repkit.taps import parse_blocks
 
 # Attention on CPUs, which older torch does not count.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_UNCOUNTED = {} if _CPU_ATTENTION in flop_registry else {_CPU_ATTENTION: sdpa_flop}
+_UNCOUNTED = {_CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
 
 
 @dataclass(frozen=True)
