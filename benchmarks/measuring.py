@@ -79,8 +79,8 @@ def _cpu_lines() -> list[str]:
 
 def write_section(page: Path, title: str, body: str) -> None:
     """Put `## title` and the body on the page, in the place of an earlier one; the other sections stay."""
-    _, *sections = page.read_text().split("\n## ") if page.exists() else [""]
+    head, *sections = page.read_text().split("\n## ") if page.exists() else [_HEADER]
     found = {section.partition("\n")[0]: section.partition("\n")[2].strip() for section in sections}
     found[title] = body.strip()
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text("\n".join([_HEADER, *(f"## {name}\n\n{found[name]}\n" for name in sorted(found))]))
+    page.write_text("\n".join([head.rstrip() + "\n", *(f"## {name}\n\n{found[name]}\n" for name in sorted(found))]))

@@ -26,7 +26,8 @@ from repkit.heads.ridge import fit_ridge
 from repkit.heads.scores import accuracy, stratified_split, wilson_interval
 from repkit.images import Resize, to_tensor
 from repkit.pooling import pool
-from repkit.zeroshot import DiffusionClassifier
+from repkit.zeroshot.classifier import DiffusionClassifier
+from repkit.zeroshot.strategies import Uniform
 from repkit.zoo import MODELS, bundled, load, random_control
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,8 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     found = {path.parent.name: json.loads(path.read_text()) for path in options.models_folder.glob("*/figures.json")}
-    options.results.write_text(_results(dict(sorted(found.items()))))
+    _, mark, sections = options.results.read_text().partition("\n## ") if options.results.exists() else ("", "", "")
+    options.results.write_text(_results(dict(sorted(found.items()))) + mark + sections)  # others' sections stay
 
 
 def measure(backbone: Backbone, test: int, zero_shot: int) -> dict[str, Any]:
@@ -109,7 +111,9 @@ def probe_pixels(train: np.ndarray, train_labels: Labels, test: np.ndarray, test
 def zero_shot_accuracy(backbone: Backbone, images: Tensors, labels: Labels) -> dict[str, Any]:
     """Accuracy of Bayes' rule on the denoising errors, without any fitting."""
     assert backbone.class_names is not None
-    classifier = DiffusionClassifier(backbone, range(len(backbone.class_names)), evaluations=EVALUATIONS)
+    classifier = DiffusionClassifier(
+        backbone, range(len(backbone.class_names)), strategy=Uniform(EVALUATIONS), weighting="train"
+    )
     predicted = []
     for start in range(0, len(images), BATCH):
         predicted += classifier.predict(images[start : start + BATCH])
@@ -144,8 +148,9 @@ def _results(models: Mapping[str, Mapping[str, Any]]) -> str:
     return f"""# Results
 
 Made by `python benchmarks/models.py`; what is measured, and how, is at the top of that file. Accuracy in percent, with
-the 95 % interval of the test images. The models are class-conditional: in training they were told the class of nine
-images in ten. The probes' features are taken with the null class.
+the 95 % interval of the test images. The models are class-conditional, and were trained with the class of some images
+withheld (`label_dropout` in their recipes). The probes' features are taken with the null class; zero-shot is with
+weighting `train` and 16 evaluations a class.
 
 | model | probe | untrained, best of {CONTROLS} seeds | raw pixels | over untrained | over pixels | zero-shot |
 |---|---|---|---|---|---|---|

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from repkit.datasets.fashion_mnist import CLASSES
 from repkit.recipes.mini_models import build_network, mini_model, predict
 from repkit.schedule import Schedule
+from repkit.zoo import EVIDENCE_WEIGHTS
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _ROWS, _ZOOM = 8, 2  # of the picture of samples
@@ -33,7 +34,7 @@ def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
 
     The loss is read from loss.csv beside the checkpoint. Taken up from the folder, where they are: origin.md, which
     says where the steps were run if not by the recipe alone, and figures.json, which maps names to measured numbers or
-    text, or to such a mapping.
+    text, or to such a mapping. Weights of evidence, fitted to other weights of the network, are deleted from it.
     """
     checkpoint, folder = Path(checkpoint), Path(folder)
     saved = torch.load(checkpoint, weights_only=True, map_location="cpu")
@@ -44,7 +45,7 @@ def export_model(checkpoint: str | Path, folder: str | Path) -> Path:
     network.eval()
     folder.mkdir(parents=True, exist_ok=True)
     _sample_picture(network, model.schedule).save(folder / "samples.png")
-    network.half().save_pretrained(folder / model.component)
+    _save_network(network, folder, model.component)
     model.scheduler(**model.scheduler_config).save_pretrained(folder / "scheduler")
     _write_json(folder / "model_index.json", _model_index(options["model"]))
     (folder / "loss.csv").write_bytes((checkpoint.parent / "loss.csv").read_bytes())
@@ -93,6 +94,14 @@ def sample(
         x0, eps = (schedule.convert(prediction, x_t, t, to=kind) for kind in ("x0", "eps"))
         x_t = schedule.add_noise(x0, eps, following)
     return x_t.clamp(-1, 1)
+
+
+def _save_network(network: Any, folder: Path, component: str) -> None:
+    weights = folder / component / _WEIGHTS
+    before = weights.read_bytes() if weights.is_file() else None
+    network.half().save_pretrained(folder / component)
+    if weights.read_bytes() != before:
+        (folder / EVIDENCE_WEIGHTS).unlink(missing_ok=True)
 
 
 def _sample_picture(network: nn.Module, schedule: Schedule) -> Image.Image:

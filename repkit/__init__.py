@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from repkit.schedule import Schedule as Schedule
     from repkit.store import FeatureStore as FeatureStore
     from repkit.taps import Tap as Tap
-    from repkit.zeroshot import DiffusionClassifier as DiffusionClassifier
-    from repkit.zeroshot import Posterior as Posterior
+    from repkit.zeroshot.classifier import DiffusionClassifier as DiffusionClassifier
+    from repkit.zeroshot.posterior import Posterior as Posterior
     from repkit.zoo import load as load
 
     __version__: str
@@ -32,13 +32,13 @@ _MODULE_OF = {
     "Backbone": "backbones.base",
     "Block": "backbones.base",
     "Condition": "backbones.base",
-    "DiffusionClassifier": "zeroshot",
+    "DiffusionClassifier": "zeroshot.classifier",
     "DiffusionExtractor": "extractors",
     "DinoExtractor": "dino",
     "FeatureStore": "store",
     "Features": "features",
     "Index": "retrieval",
-    "Posterior": "zeroshot",
+    "Posterior": "zeroshot.posterior",
     "Resize": "images",
     "Schedule": "schedule",
     "Tap": "taps",

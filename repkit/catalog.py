@@ -59,8 +59,9 @@ def describe(name: str) -> dict[str, Any]:
     Raises ValueError for a name that is neither.
     """
     if name not in (*bundled(), *aliases()):
-        near = get_close_matches(name, [*bundled(), *aliases()], n=3, cutoff=0.4) or [*bundled(), *aliases()]
-        raise ValueError(f"no model {name!r} in the catalog; near it: {', '.join(near)} (all of them: repkit models)")
+        near = get_close_matches(name, [*bundled(), *aliases()], n=3, cutoff=0.4)
+        like = f"; near it: {', '.join(near)}" if near else ""
+        raise ValueError(f"no model {name!r} in the catalog{like} (all of them: repkit models)")
     if name not in bundled():
         told = {key: value for key, value in entry(name).items() if key != "configs"}
         return {**told, "class": _denoiser(entry(name)["configs"])["_class_name"], "bundled": False}

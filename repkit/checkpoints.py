@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -45,13 +45,7 @@ def load_checkpoint(
     """
     path = Path(path)
     weights = read_checkpoint(path)
-    known = [family for family, keys in FAMILIES.items() if all(key in weights for key in keys)]
-    if not known:
-        raise ValueError(
-            f"{path} is of no family that is known by its weights (it has {', '.join(sorted(weights)[:3])} ...); "
-            "have guided-diffusion's U-Nets (ADM), SiT and REPA; load other models from diffusers folders"
-        )
-    family = import_module(f"repkit.backbones.{known[0]}")
+    family = import_module(f"repkit.backbones.{family_of(weights, path)}")
     backbone: Backbone = family.from_weights(
         weights, name=path.stem, config=config, vae=vae, extractor=extractor, latent=latent
     )
@@ -61,19 +55,36 @@ def load_checkpoint(
     return backbone
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def family_of(weights: Mapping[str, Tensor], path: Path) -> str:
+    """The file in backbones/ for a checkpoint's weights. Raises ValueError where there is none."""
+    known = [family for family, keys in FAMILIES.items() if all(key in weights for key in keys)]
+    if not known:
+        raise ValueError(
+            f"{path} is of no family that is known by its weights (it has {', '.join(sorted(weights)[:3])} ...); "
+            "have guided-diffusion's U-Nets (ADM), SiT and REPA; load other models from diffusers folders"
+        )
+    return known[0]
+
+
+def read_checkpoint(path: str | Path, *, values: bool = True) -> dict[str, Tensor]:
     """The weights in a file, the averaged ones where it has both, under the names that the network gives them.
 
+    values: False reads names and shapes alone, onto the meta device.
     Raises OSError for a file that is absent, cut short, or holds more than tensors and plain values.
     """
     path = Path(path)
-    if not path.is_file():
-        raise OSError(f"no file {path}; give a checkpoint ({', '.join(SUFFIXES)})")
-    found = _unwrap(_read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path))
+    check_file(path)
+    found = _unwrap((_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path, values))
     weights = {str(key).removeprefix("module."): value for key, value in found.items() if isinstance(value, Tensor)}
     if not weights:
         raise OSError(f"{path} holds no weights (it has {', '.join(map(str, found)) or 'nothing'}); give a checkpoint")
     return weights
+
+
+def check_file(path: Path) -> None:
+    """Raise OSError for a checkpoint that is not there."""
+    if not path.is_file():
+        raise OSError(f"no file {path}; give a checkpoint ({', '.join(SUFFIXES)})")
 
 
 def _unwrap(found: Mapping[Any, Any]) -> Mapping[Any, Any]:
@@ -84,19 +95,23 @@ def _unwrap(found: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return found
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+def _read_safetensors(path: Path, values: bool) -> Mapping[str, Tensor]:
     try:
-        return load_file(path)
+        if values:
+            return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in file.keys()}
     except SafetensorError as error:
         raise OSError(f"cannot read {path}: {reason(error)}; the file is not whole, get it again") from error
 
 
-def _read_torch(path: Path) -> Mapping[Any, Any]:
+def _read_torch(path: Path, values: bool) -> Mapping[Any, Any]:
     try:
         # Mapped, because a file may also hold an optimiser's state, of twice the size. A Namespace, which training
         # scripts leave in their checkpoints, is a bag of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            place_for, mapped = "cpu" if values else "meta", zipfile.is_zipfile(path)
+            found = torch.load(path, map_location=place_for, weights_only=True, mmap=mapped)
     except Exception as error:  # torch, zip files and pickles each have their own way to say it
         raise OSError(_unreadable(path, error)) from error
     if not isinstance(found, Mapping):

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import torch
 
+from repkit.backbones.prompts import Told
 from repkit.decoding import MAX_PIXELS
 from repkit.extractors import Extractor
 from repkit.pipeline import Counts, Job, Progress, fill
@@ -67,6 +68,7 @@ def export(
     max_pixels: int = MAX_PIXELS,
     retry_failed: bool = False,
     progress: Progress | None = None,
+    encoded: Told | None = None,
 ) -> FeatureStore:
     """Store the features of images in the folder `out`, going on where an interrupted export of the same has stopped.
 
@@ -76,7 +78,8 @@ def export(
     import the caller's script, so it needs no `__main__` guard). cond: a text told with each image, with fields
     {label}, {split}, {id} and {prompt}; None is the list's prompt column where it is filled, else the extractor's own.
     max_pixels: a larger image is a failure. retry_failed: do the shards again that have failures; else these stay.
-    progress: called with the images done, their number and the failed ones, after each batch.
+    progress: called with the images done, their number and the failed ones, after each batch. encoded: called with
+    the prompts that are encoded and their number, before the images, after each where there are several.
 
     An image that cannot be read, or whose features are not finite, becomes a row of `failures`. Going on keeps the list
     of images, and the features that are there: an image edited in place since is not noticed (`table` has the sha256 of
@@ -97,7 +100,7 @@ def export(
         if retry_failed:
             manifest = _drop_failed(folder, manifest, len(listing))
         job = Job(folder, listing, conds, extractor, pool, DTYPES[dtype], batch_size, workers, max_pixels)
-        timing = _complete(job, manifest, progress or (lambda done, total, failed: None))
+        timing = _complete(job, manifest, progress or (lambda done, total, failed: None), encoded)
     store = FeatureStore(folder)
     store.timing = timing
     return store
@@ -154,20 +157,20 @@ def _manifest(
     }
 
 
-def _complete(job: Job, manifest: Manifest, progress: Progress) -> Timing:
+def _complete(job: Job, manifest: Manifest, progress: Progress, encoded: Told | None) -> Timing:
     """Fill the shards that lack, then seal the store."""
     keys = list(manifest["taps"])
     shards = shards_of(len(job.listing), manifest["shard_size"])
     records = {shard: shard_record(job.folder, shard, keys) for shard in shards}
     pending = [shard for shard in shards if records[shard] is None]
+    if pending:
+        conds = job.conds
+        told = None if conds is None else dict.fromkeys(cond for one in pending for cond in conds[one.start : one.stop])
+        job.extractor.learn(told, encoded)
     counts = Counts(len(job.listing), progress)
     for shard, record in records.items():
         if record is not None:
             counts.add(shard.stop - shard.start, record["failures"])
-    if pending:
-        conds = job.conds
-        told = None if conds is None else dict.fromkeys(cond for one in pending for cond in conds[one.start : one.stop])
-        job.extractor.learn(told)
     started, first = perf_counter(), counts.done
     spent = dict.fromkeys(("decode", "forward", "pooling", "write"), 0.0)
     fill(job, pending, spent, counts)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from repkit.backbones.base import Backbone, Block
 from repkit.backbones.conditions import Cond, Condition
+from repkit.backbones.prompts import Told
 from repkit.capture import Point
 from repkit.compiling import compile_blocks, stand_in
 from repkit.features import Features, Identity, check_finite, check_latents, identity_hash
@@ -58,7 +59,7 @@ class Extractor(ABC):
     def __call__(self, images: Images, cond: Cond = None, *, grad: bool = False, check: bool = True) -> Features:
         """Extract every tap; see the extractor's own words for `cond`."""
 
-    def learn(self, conds: Iterable[Cond] | None = None) -> None:  # noqa: B027
+    def learn(self, conds: Iterable[Cond] | None = None, told: Told | None = None) -> None:  # noqa: B027
         """Get ready for what images will be told, where that takes something that can be freed afterwards."""
 
 
@@ -239,16 +240,14 @@ class DiffusionExtractor(Extractor):
             **self.backbone.options,
         }
 
-    def learn(self, conds: Iterable[Cond] | None = None) -> None:
+    def learn(self, conds: Iterable[Cond] | None = None, told: Told | None = None) -> None:
         """Encode what images will be told, then let go of the text encoders until a text comes that is not known.
 
-        conds: None is the extractor's own condition.
+        conds: None is the extractor's own condition. told: called with the texts encoded and their number.
         """
         if self.backbone.prompts is None:
             return
-        for cond in [self.cond] if conds is None else conds:
-            self.backbone.condition(cond, 1 if cond is None or isinstance(cond, str | int) else len(cond))
-        if freed := self.backbone.prompts.free():
+        if freed := self.backbone.prompts.learn([self.cond] if conds is None else conds, told):
             logger.info("text encoders of %s freed: %.1f MiB", self.backbone.name, freed / 2**20)
 
     def massive(self, images: Images, cond: Cond = None) -> dict[str, list[int]]:

@@ -1,16 +1,22 @@
 """Where models are: names to folders, from the hub where need be; each id is tried once, a failure is one line."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from repkit.catalog import alias_of, aliases, bundled, entry, folder_of
+from repkit.checkpoints import SUFFIXES
+from repkit.pipelinefolder import read_configs
 
 logger = logging.getLogger("repkit")
 
 # What no feature depends on, left where it is.
 _UNUSED = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_processor"))
-CONFIG_FILES = ("model_index.json", "scheduler/scheduler_config.json", "*/config.json")
+CONFIG_FILES = ("model_index.json", "*scheduler_config.json", "*config.json")
+# Whole or in shards, and no variants of other precisions.
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-?????-of-?????.safetensors")
+_NETWORK_FILES = ("config.json", *_WEIGHTS, f"{_WEIGHTS[0]}.index.json")
 _KNOWN = "bundled models: {}; or give an alias (repkit models), a diffusers folder, or a hub id such as owner/name"
 
 
@@ -29,7 +35,7 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> P
         return Path(model)
     if model.startswith("timm:"):
         raise ValueError(f"{model} is no diffusion model; repkit.DinoExtractor({model!r}) takes its features")
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not _is_id(model):
         raise OSError(f"no model {model!r} here; {_KNOWN.format(', '.join(bundled()))}")
     try:
         return fetch_pipeline([model], revision=revision, offline=offline)
@@ -38,6 +44,42 @@ def find(model: str, *, revision: str | None = None, offline: bool = False) -> P
         same = f"; {alias} has the same weights from {entry(alias)['hub']}" if alias else ""
         known = _KNOWN.format(", ".join(bundled()))
         raise OSError(f"{error}{same}; or download it elsewhere and give its folder; {known}") from error
+
+
+def find_configs(model: str, *, offline: bool = False) -> tuple[str, Mapping[str, Any]]:
+    """A model's name and its configs, as `read_configs` gives them, without anything being read that need not be."""
+    alias = model if model in aliases() else alias_of(model)
+    if alias is not None and model not in bundled():
+        return alias, entry(alias)["configs"]
+    if model in bundled() or Path(model).is_dir():
+        folder = find(model)
+        return model if model in bundled() else folder.resolve().name, read_configs(folder)
+    if not _is_id(model):
+        find(model)  # says what there is
+    return model, read_configs(fetch_files(model, CONFIG_FILES, offline=offline))
+
+
+def find_part(option: str, source: str | Path, parts: Sequence[str], *, offline: bool = False) -> Path:
+    """Where one network is: a file or folder here, else on the hub as `owner/name` or `owner/name@revision`.
+
+    option: which argument named it, for the error. parts: the folders that hold it in a pipeline.
+    Raises OSError where there is none.
+    """
+    if Path(source).exists():
+        return Path(source)
+    hub_id, _, revision = str(source).partition("@")
+    missing = f"no file or folder {str(source)!r} for {option}="
+    if not _is_id(hub_id) or Path(hub_id).suffix in SUFFIXES:
+        raise OSError(f"{missing}; give its path, or owner/name or owner/name@revision of the hub")
+    names = [f"{folder}{name}" for folder in ("", *(f"{part}/" for part in parts)) for name in _NETWORK_FILES]
+    try:
+        return fetch_files(hub_id, names, needed=(), revision=revision or None, offline=offline)
+    except OSError as error:
+        raise OSError(f"{missing}, and {error}; give a path, or download it elsewhere") from error
+
+
+def _is_id(model: str) -> bool:
+    return model.count("/") == 1 and not model.startswith((".", "/", "~", "timm:"))
 
 
 def _find_alias(alias: str, revision: str | None, offline: bool) -> Path:
@@ -73,13 +115,25 @@ def fetch_pipeline(
     )
 
 
-def fetch_files(hub_id: str, names: Sequence[str], *, offline: bool = False) -> Path:
-    """The folder in the cache where these files of a repository lie. Raises OSError where one cannot be had."""
+def fetch_files(
+    hub_id: str,
+    names: Sequence[str],
+    *,
+    needed: Sequence[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+) -> Path:
+    """The folder in the cache where these files of a repository lie; names may have `*` and `?`.
+
+    needed: those that must be there; None is every one that is no pattern. Raises OSError where one cannot be had.
+    """
     from huggingface_hub import snapshot_download
 
     # Not hf_hub_download, which tries six times where there is no network.
-    folder = _first([hub_id], lambda one: snapshot_download(one, allow_patterns=list(names), local_files_only=offline))
-    if missing := [name for name in names if "*" not in name and not (folder / name).is_file()]:
+    asked: dict[str, Any] = {"allow_patterns": list(names), "revision": revision, "local_files_only": offline}
+    folder = _first([hub_id], lambda one: snapshot_download(one, **asked))
+    needed = [name for name in names if "*" not in name] if needed is None else needed
+    if missing := [name for name in needed if not (folder / name).is_file()]:
         raise OSError(f"{hub_id} on the hub, or what the cache has of it, lacks {', '.join(missing)}")
     return folder
 

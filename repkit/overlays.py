@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from repkit.backbones.parts import Parts
@@ -39,6 +40,18 @@ def swap_denoiser(parts: Parts, source: Path) -> Parts:
     return replace(parts, networks={**parts.networks, part: new})
 
 
+def read_vae(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
+    """The autoencoder in a folder of its own, or in that of a pipeline. Raises OSError where it cannot be read."""
+    vae = read_network(vae_folder(folder), "AutoencoderKL", dtype)
+    place(vae, device)
+    return vae
+
+
+def vae_folder(folder: Path) -> Path:
+    """Where in a folder an autoencoder is: in it, or in its `vae` where it is a pipeline's."""
+    return folder / "vae" if (folder / "vae").is_dir() else folder
+
+
 def _fill(network: Any, weights: Mapping[str, Tensor], source: str) -> None:
     wanted = network.state_dict()
     missing = [key for key in wanted if key not in weights]
@@ -65,10 +78,12 @@ def merge_loras(denoiser: Any, loras: Lora | Sequence[Lora]) -> list[tuple[str, 
 
 
 def check_loras(loras: Lora | Sequence[Lora]) -> None:
-    """Raise OSError for a file that is not there: better said before a model is loaded than after."""
+    """Raise OSError for a file that is not there, ValueError for another format, before any model is loaded."""
     for path, _ in _pairs(loras):
         if not path.is_file():
             raise OSError(f"no file {path} for lora=; give the path of a safetensors file")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"lora={str(path)!r} is no .safetensors file; convert it")
 
 
 def _pairs(loras: Lora | Sequence[Lora]) -> list[tuple[Path, float]]:
@@ -83,8 +98,6 @@ def _pairs(loras: Lora | Sequence[Lora]) -> list[tuple[Path, float]]:
 def _merge(denoiser: Any, path: Path, scale: float) -> None:
     if type(denoiser).__name__ not in _LORA_FORMATS:
         raise ValueError(f"no LoRA for a {type(denoiser).__name__} ({path}); have {', '.join(_LORA_FORMATS)}")
-    if path.suffix != ".safetensors":
-        raise ValueError(f"lora={str(path)!r} is no .safetensors file; convert it")
     raw = read_checkpoint(path)
     try:
         _merge_layers(denoiser, raw, scale)

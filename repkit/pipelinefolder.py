@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ def read_folder(
     Raises OSError for what is missing or cannot be read.
     """
     index = read_json(folder / "model_index.json", "a diffusers pipeline folder has one")
-    config = read_json(folder / "scheduler" / "scheduler_config.json", "it says how the model was noised")
+    config = _read_scheduler(folder)
     classes = {part: found for part in (*DENOISERS, "vae") if (found := component(index, part))}
-    networks = {part: read_network(folder / part, class_name, dtype) for part, class_name in classes.items()}
+    networks = {part: read_network(_home(folder, part), class_name, dtype) for part, class_name in classes.items()}
     for part, network in networks.items():
         place(network, device, vae_dtype if part == "vae" else None)
     texts = _text_encoders(folder, index, device, dtype, prompt_cache)
@@ -52,7 +53,7 @@ def read_configs(folder: Path) -> dict[str, Any]:
     parts = {part: found for part in (*DENOISERS, "vae") if (found := component(index, part))}
     return {
         "index": index,
-        "scheduler": read_json(folder / "scheduler" / "scheduler_config.json", "it says how the model was noised"),
+        "scheduler": _read_scheduler(folder),
         **{part: _read_config(folder, part, class_name) for part, class_name in parts.items()},
     }
 
@@ -66,9 +67,20 @@ def denoiser_classes(folder: Path) -> dict[str, str]:
 
 
 def _read_config(folder: Path, part: str, class_name: str) -> dict[str, Any]:
-    config = read_json(folder / part / "config.json", f"it says what {class_name} is")
+    config = read_json(_home(folder, part) / "config.json", f"it says what {class_name} is")
     legacy = _LEGACY.get(config.get("norm_type", "")) if class_name == "Transformer2DModel" else None
     return {**config, "_class_name": legacy or class_name}
+
+
+def _read_scheduler(folder: Path) -> dict[str, Any]:
+    home = _home(folder, "scheduler", "scheduler_config.json")
+    return read_json(home / "scheduler_config.json", "it says how the model was noised")
+
+
+def _home(folder: Path, part: str, config: str = "config.json") -> Path:
+    """Where a part of a pipeline is: in a folder of its own, or beside the index, as in the first DDPM pipelines."""
+    beside = not (folder / part).is_dir() and (folder / config).is_file()
+    return folder if beside else folder / part
 
 
 def blank_network(config: Mapping[str, Any]) -> Any:
@@ -144,11 +156,27 @@ def _read_text_part(folder: Path, class_name: str, dtype: torch.dtype) -> Any:
         raise OSError(f"no {folder.name} in {folder.parent}; without it no prompt can be encoded; get the whole model")
     options = {"dtype": dtype, "use_safetensors": True} if folder.name.startswith("text_encoder") else {}
     try:
-        return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True, **options)
+        with _no_bars():
+            return getattr(transformers, class_name).from_pretrained(folder, local_files_only=True, **options)
     except Exception as error:
         raise OSError(
             f"cannot read {class_name} from {folder}: {reason(error)}; without it no prompt can be encoded"
         ) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' bar for each of its networks."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _fingerprint(folder: Path, parts: list[str], dtype: torch.dtype) -> str:

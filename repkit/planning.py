@@ -14,6 +14,7 @@ import pyarrow as pa
 import torch
 
 from repkit import __version__
+from repkit.backbones.base import Backbone
 from repkit.extractors import Extractor
 from repkit.features import identity_differences
 from repkit.listing import list_images
@@ -129,7 +130,7 @@ def store_identity(extractor: Extractor, table: pa.Table, pool: str, dtype: str,
     return {"extractor": _json(extractor.identity), "cond": told, "pool": pool, "dtype": dtype}
 
 
-def provenance(extractor: Extractor, batch_size: int) -> Manifest:
+def provenance(extractor: Extractor | Backbone, batch_size: int) -> Manifest:
     """What may move the last bits of values and is not part of the identity, and what the extractor was loaded from."""
     device = _device(extractor)
     return {

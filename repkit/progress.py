@@ -12,7 +12,7 @@ _SECONDS_A_LINE = 10
 
 
 class Progress:
-    """Reports work in a `with` block; call it with (done, total) and, where there are any, the number that failed."""
+    """Reports work in a `with` block; call it with (done, total), and where there are any, failures and words."""
 
     def __init__(self, what: str, unit: str = "images") -> None:
         self.what, self.unit = what, unit
@@ -24,20 +24,26 @@ class Progress:
         self.task = self.bar.add_task(what, total=None, rate="")
 
     def __enter__(self) -> "Progress":
-        self.bar.start()
         return self
 
-    def __call__(self, done: int, total: int, failed: int = 0) -> None:
+    def __call__(self, done: int, total: int, failed: int = 0, words: str = "") -> None:
         now = monotonic()
         if self.first is None:
             self.first = done, now
+            self.bar.start()  # not before: work of another kind may come first, with a bar of its own
         before, start = self.first
         speed = f"{(done - before) / (now - start):.1f} {self.unit}/s" if done > before else ""
-        rate = ", ".join(filter(None, (speed, f"{failed} failed" if failed else "")))
+        rate = ", ".join(filter(None, (speed, f"{failed} failed" if failed else "", words)))
         self.bar.update(self.task, completed=done, total=total, rate=rate)
         if self.bar.disable and (now - self.told > _SECONDS_A_LINE or done == total):
             self.told = now
             print(f"{self.what}: {done}/{total}" + (f", {rate}" if rate else ""), file=sys.stderr, flush=True)
+        if done == total:
+            self._stop()
 
     def __exit__(self, *_: Any) -> None:
-        self.bar.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self.bar.live.is_started:  # else rich would print an empty line
+            self.bar.stop()

@@ -146,6 +146,11 @@ class Index:
                 "yourself and give the array"
             )
         mine, theirs = _as_json(self.identity), _as_json(queries.identity)
+        if (told := prompts_of_their_own(mine.get("cond"))) and mine["cond"] != theirs.get("cond"):
+            raise ValueError(
+                f"each image of the index was told {told}, so Features of another condition do not compare; pool them "
+                "yourself and give the array"
+            )
         if differences := identity_differences(mine, theirs):
             raise ValueError(
                 "the queries come from another extractor than the index (index here, queries there): "
@@ -218,6 +223,15 @@ def _told(store: FeatureStore) -> Identity:
     """The extractor's identity, with the condition that the export told it where there was one."""
     cond = store.identity["cond"]
     return store.identity["extractor"] if cond is None else {**store.identity["extractor"], "cond": cond}
+
+
+def prompts_of_their_own(cond: Any) -> str | None:
+    """What each image of a store was told, where that was not the same for all; None where it was."""
+    if isinstance(cond, Mapping):
+        return "the prompt that its list has for it"
+    if isinstance(cond, str) and "{" in cond:
+        return f"its own form of {cond!r}"
+    return None if cond is None or isinstance(cond, str | int) else f"one of {len(cond)} prompts"
 
 
 def _as_json(identity: Identity) -> Any:

@@ -217,6 +217,19 @@ class Schedule:
         solved = ((c * b - d * a) * x_t.double() + (alpha * d - sigma * c) * prediction.double()) / determinant
         return solved.to(_compute_dtype(prediction))
 
+    def error_scale(self, t: Times, *, to: str) -> Float64[Tensor, "*t"]:
+        """Return |error in `to`| / |error in the network's own prediction| at t, with x_t given.
+
+        So ||eps - eps_hat||^2 is error_scale(t, to="eps")**2 times the squared error of what the network predicts; 1
+        for v at alpha = 1, 0 where it is lost. Infinite where the prediction says nothing of `to`.
+        """
+        _check_prediction(to)
+        alpha, sigma = self.coefficients(t)
+        if to == self.prediction:
+            return torch.ones_like(alpha)
+        (a, b), (c, d) = self._weights(self.prediction, alpha, sigma), self._weights(to, alpha, sigma)
+        return ((alpha * d - sigma * c) / (alpha * b - sigma * a)).abs()
+
     def edm_input(
         self, x_t: Float[Tensor, "*x"], t: Times
     ) -> tuple[Float[Tensor, "*x"], Float[Tensor, ""] | Float[Tensor, "b"]]:

@@ -1,5 +1,6 @@
 """load: a name, an alias, a folder, a file, a hub id or a pipeline -> a Backbone, ready and frozen."""
 
+import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
@@ -14,18 +15,15 @@ from repkit.backbones.base import Backbone
 from repkit.backbones.latents import Latent
 from repkit.backbones.parts import Parts
 from repkit.backbones.prompts import TextEncoders
-from repkit.catalog import MODELS, alias_of, aliases, bundled, describe, entry
-from repkit.checkpoints import SUFFIXES, load_checkpoint
-from repkit.hub import CONFIG_FILES, fetch_files, find
-from repkit.overlays import Lora, check_loras, merge_loras, swap_denoiser
+from repkit.catalog import MODELS, aliases, bundled, describe, entry
+from repkit.checkpoints import SUFFIXES, check_file, load_checkpoint
+from repkit.hub import fetch_files, find, find_configs, find_part
+from repkit.outlines import NATIVE, blank, outline_file
+from repkit.overlays import Lora, check_loras, merge_loras, read_vae, swap_denoiser
 from repkit.pipelinefolder import (
     DENOISERS,
-    blank_network,
     denoiser_classes,
-    place,
-    read_configs,
     read_folder,
-    read_network,
 )
 from repkit.schedule import Schedule
 
@@ -33,6 +31,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = ["FAMILIES", "MODELS", "bundled", "describe", "find", "load", "outline", "random_control"]
+
+EVIDENCE_WEIGHTS = "zeroshot.json"  # in a model folder: the weights of a zero-shot classifier's evidence
 
 # The class of the denoiser decides the family, a file in backbones/ with a function `from_parts`.
 FAMILIES: Mapping[str, str] = {
@@ -42,11 +42,6 @@ FAMILIES: Mapping[str, str] = {
     "PixArtTransformer2DModel": "pixart",
     "SD3Transformer2DModel": "sd3",
     "FluxTransformer2DModel": "flux",
-}
-# Networks of our own, whose weights come as one file: the modules that hold them, and their families.
-_NATIVE: Mapping[str, tuple[str, str]] = {
-    "ADMUNet": ("adm_unet", "adm"),
-    "SiTTransformer": ("sit_transformer", "sit"),
 }
 
 
@@ -71,13 +66,15 @@ def load(
 
     Everything but a pipeline is moved to `device` and `dtype`; the autoencoder to `vae_dtype` where that is given. A
     pipeline is used as it is, so it has to be frozen and in eval mode already. latent: the autoencoder's posterior
-    "mode", or a "sample" of it, which differs from call to call. revision: a commit of the hub. offline: never ask
-    the network. prompt_cache: a folder that keeps encoded prompts, so that text encoders need not be loaded again.
+    "mode", or a "sample" of it, which differs from call to call. revision: a commit of the hub, of
+    `model` alone. offline: never ask the network. prompt_cache: a folder that keeps encoded prompts, so that text
+    encoders need not be loaded again.
 
-    denoiser: a file or folder with other weights for the denoiser. lora: safetensors files merged into it, each a path
-    or (path, scale). vae: the folder or hub id of an autoencoder, for a file that has none or in place of a
-    pipeline's. For files alone, config: what their weights do not tell, and extractor: what makes their latents.
-    channels_last: the memory format of convolutions, which is faster on some devices and moves the last bits.
+    denoiser: other weights for the denoiser, in a file, a folder, or on the hub. vae: an autoencoder in a folder or on
+    the hub, for a file that has none or in place of a pipeline's. On the hub both are `owner/name`, pinned as
+    `owner/name@revision`. lora: safetensors files merged into the denoiser, each a path or (path, scale). For files
+    alone, config: what their weights do not tell, and extractor: what makes their latents. channels_last: the memory
+    format of convolutions, which is faster on some devices and moves the last bits.
 
     Raises ValueError for a model of a family that repkit does not know, OSError where there is nothing to load.
     """
@@ -90,20 +87,27 @@ def load(
         changes = {"denoiser": denoiser, "lora": lora or None, "vae": vae, "extractor": extractor, "config": config}
         _refuse("a pipeline in memory, which stays as it is", **changes, channels_last=channels_last)
         return _build(_take_apart(model, latent, cache))
-    check_loras(lora)
-    other_vae = None if vae is None else _read_vae(str(vae), device, vae_dtype or dtype, offline)
     if _is_file(model):
         _refuse("a file", denoiser=denoiser, prompt_cache=cache)
+        check_file(Path(model))
+    else:
+        _refuse("a pipeline", extractor=extractor, config=config)
+    check_loras(lora)
+    swapped = None if denoiser is None else find_part("denoiser", denoiser, DENOISERS, offline=offline)
+    vae_at = None if vae is None else find_part("vae", vae, ["vae"], offline=offline)
+    if _is_file(model):
+        other_vae = None if vae_at is None else read_vae(vae_at, device, vae_dtype or dtype)
         backbone = load_checkpoint(
             model, device=device, dtype=dtype, config=config, vae=other_vae, extractor=extractor, latent=latent
         )
     else:
-        _refuse("a pipeline", extractor=extractor, config=config)
         folder = find(str(model), revision=revision, offline=offline)
         read = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "latent": latent, "prompt_cache": cache}
-        backbone = _from_folder(folder, model, read, denoiser, other_vae, offline)
+        backbone = _from_folder(folder, model, read, swapped, vae_at, offline)
         backbone.provenance = {"model": _named(model, folder), "revision": revision}
     merged = merge_loras(backbone.model, lora)
+    if merged:
+        backbone.evidence_weights = None  # they were fitted to the errors of the model as it was
     if channels_last:
         for network in backbone.networks.values():
             network.to(memory_format=torch.channels_last)
@@ -117,17 +121,29 @@ def load(
     return backbone
 
 
-def outline(model: str | Path, *, size: int | None = None, offline: bool = False) -> Backbone:
-    """A backbone without weights, of an alias, a bundled name, a folder or a hub id, from configs alone.
+def outline(
+    model: str | Path,
+    *,
+    size: int | None = None,
+    offline: bool = False,
+    vae: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """A backbone without weights, of an alias, a bundled name, a folder, a file or a hub id, from configs alone.
 
     Its blocks, shapes and shares of FLOPs are those of the real one; it computes no values. size: image side in
-    pixels in place of the model's own. Of a file (`.pt`) the weights are read, since only they say what it is.
+    pixels in place of the model's own. Of a file (`.pt`) only the shapes are read; vae, whose config is read, and
+    config are as in `load`.
+
+    Raises ValueError and OSError as `load` does.
     """
     if _is_file(model):
-        backbone = load(model)
+        at = None if vae is None else find_part("vae", vae, ["vae"], offline=offline)
+        backbone = outline_file(Path(model), at, config)
     else:
-        name, configs = _configs(str(model), offline)
-        networks = {part: _blank(configs[part]) for part in (*DENOISERS, "vae") if part in configs}
+        _refuse("a pipeline", vae=vae, config=config)
+        name, configs = find_configs(str(model), offline=offline)
+        networks = {part: blank(configs[part]) for part in (*DENOISERS, "vae") if part in configs}
         _check_known({part: type(network).__name__ for part, network in networks.items() if part in DENOISERS}, name)
         backbone = _build(Parts(name, networks, Schedule.from_diffusers(configs["scheduler"]), configs["index"]))
     if size is not None:
@@ -160,69 +176,34 @@ def _refuse(kind: str, **options: Any) -> None:
 
 
 def _from_folder(
-    folder: Path, model: str | Path, read: Mapping[str, Any], denoiser: str | Path | None, vae: Any, offline: bool
+    folder: Path, model: str | Path, read: Mapping[str, Any], denoiser: Path | None, vae: Path | None, offline: bool
 ) -> Backbone:
     """The backbone of a pipeline, with another autoencoder, or another denoiser: the one given, or an alias's own."""
     _check_known(denoiser_classes(folder), str(folder))  # before any weights are read
+    known = entry(str(model)) if str(model) in aliases() and denoiser is None else {}
+    if own := known.get("denoiser"):
+        denoiser = fetch_files(own["hub"], [own["file"]], offline=offline) / own["file"]
     parts = read_folder(folder, folder.resolve().name if folder == Path(model) else str(model), **read)
     if vae is not None:
-        parts = replace(parts, networks={**parts.networks, "vae": vae})
-    if denoiser is not None:
-        return _build(swap_denoiser(parts, Path(denoiser)))
-    known = entry(str(model)) if str(model) in aliases() else {}
-    if "denoiser" not in known:
-        return _build(parts)
-    name = known["denoiser"]["file"]
-    place_of = fetch_files(known["denoiser"]["hub"], [name], offline=offline)
-    backbone = _build(swap_denoiser(parts, place_of / name))
-    backbone.clean_t = known["clean_t"]
+        other = read_vae(vae, read["device"], read["vae_dtype"] or read["dtype"])
+        parts = replace(parts, networks={**parts.networks, "vae": other})
+    backbone = _build(parts if denoiser is None else swap_denoiser(parts, denoiser))
+    backbone.clean_t = known.get("clean_t", backbone.clean_t)
+    weights = folder / EVIDENCE_WEIGHTS
+    if denoiser is None and vae is None and weights.is_file():
+        backbone.evidence_weights = json.loads(weights.read_text(encoding="utf-8"))
     return backbone
-
-
-def _read_vae(source: str, device: str | torch.device, dtype: torch.dtype, offline: bool) -> Any:
-    folder = Path(source)
-    if not folder.is_dir():
-        files = ["config.json", "diffusion_pytorch_model.safetensors"]
-        folder = fetch_files(source, files, offline=offline)
-    folder = folder / "vae" if (folder / "vae").is_dir() else folder  # of a pipeline
-    vae = read_network(folder, "AutoencoderKL", dtype)
-    place(vae, device)
-    return vae
-
-
-def _configs(model: str, offline: bool) -> tuple[str, Mapping[str, Any]]:
-    """A model's name and its configs, without anything being read that need not be."""
-    alias = model if model in aliases() else alias_of(model)
-    if alias is not None and model not in bundled():
-        return alias, entry(alias)["configs"]
-    if model in bundled() or Path(model).is_dir():
-        folder = find(model)
-        return model if model in bundled() else folder.resolve().name, read_configs(folder)
-    if model.count("/") != 1 or model.startswith((".", "/", "~", "timm:")):
-        find(model)  # says what there is
-    return model, read_configs(fetch_files(model, CONFIG_FILES, offline=offline))
-
-
-def _blank(config: Mapping[str, Any]) -> Any:
-    class_name = config["_class_name"]
-    if class_name not in _NATIVE:
-        return blank_network(config)
-    network = getattr(import_module(f"repkit.backbones.{_NATIVE[class_name][0]}"), class_name)
-    with torch.device("meta"):
-        made = network.from_config({key: value for key, value in config.items() if key != "_class_name"})
-    place(made, "meta")
-    return made
 
 
 def _build(parts: Parts) -> Backbone:
     class_name = type(parts.denoiser).__name__
-    family = FAMILIES[class_name] if class_name in FAMILIES else _NATIVE[class_name][1]
+    family = FAMILIES[class_name] if class_name in FAMILIES else NATIVE[class_name][1]
     return import_module(f"repkit.backbones.{family}").from_parts(parts)
 
 
 def _check_known(denoisers: Mapping[str, str], name: str) -> None:
     """Raise ValueError for denoisers of a family that is not known."""
-    if not denoisers or not set(denoisers.values()) <= {*FAMILIES, *_NATIVE}:
+    if not denoisers or not set(denoisers.values()) <= {*FAMILIES, *NATIVE}:
         has = ", ".join(denoisers.values()) or "no unet or transformer"
         raise ValueError(f"{name} has {has} for a denoiser; have {', '.join(FAMILIES)}")
 
@@ -260,5 +241,5 @@ def random_control(backbone: Backbone, seed: int = 0) -> Backbone:
         model = type(backbone.model).from_config(backbone.model.config)
     # Not diffusers' own `to`, which warns of layers that it would keep in float32 even where there are none.
     control.model = nn.Module.to(model, backbone.device, backbone.dtype).eval().requires_grad_(False)
-    control.name, control.provenance = f"{backbone.name} (random init)", {}
+    control.name, control.provenance, control.evidence_weights = f"{backbone.name} (random init)", {}, None
     return control

@@ -26,14 +26,14 @@ def alphas_cumprod() -> np.ndarray:
     return np.cumprod(1 - np.linspace(1e-4, 0.02, STEPS))
 
 
-def noise_levels(prediction: str, t: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) at native times, written down again rather than asked of a Schedule."""
+def noise_levels(prediction: str, t: Tensor, table: Sequence[float] = ()) -> tuple[Tensor, Tensor]:
+    """(alpha, sigma) at native times, written down again rather than asked of a Schedule; table: alpha(t)^2."""
     t = t.double()
     if prediction == "flow":
         return 1 - t / 1000, t / 1000
     if prediction == "edm":
         return torch.ones_like(t), t
-    kept = torch.from_numpy(alphas_cumprod()).to(t.device)[t.long()]
+    kept = torch.from_numpy(np.asarray(table or alphas_cumprod())).to(t.device)[t.long()]
     return kept.sqrt(), (1 - kept).sqrt()
 
 
@@ -70,13 +70,15 @@ class PosteriorMean(nn.Module):
 class GaussianDenoiser(nn.Module):
     """The network that cannot be better: the prediction that follows from the posterior mean, in float64 inside."""
 
-    def __init__(self, prediction: str, means: Float[Tensor, "k c h w"], variance: float) -> None:
+    def __init__(
+        self, prediction: str, means: Float[Tensor, "k c h w"], variance: float, table: Sequence[float] = ()
+    ) -> None:
         super().__init__()
-        self.prediction = prediction
+        self.prediction, self.table = prediction, table
         self.posterior = PosteriorMean(means, variance)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Float[Tensor, "b c h w"]:
-        alpha, sigma = (rearrange(level, "b -> b 1 1 1") for level in noise_levels(self.prediction, t))
+        alpha, sigma = (rearrange(level, "b -> b 1 1 1") for level in noise_levels(self.prediction, t, self.table))
         x0 = self.posterior(x_t.double(), alpha, sigma, labels)
         return express(self.prediction, x0, x_t.double(), alpha, sigma).to(x_t.dtype)
 
@@ -90,10 +92,11 @@ class GaussianBackbone(Backbone):
         means: Float[Tensor, "k c h w"],
         variance: float,
         class_names: Sequence[str] | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         self.name = f"gaussian-{prediction}"
-        self.model = GaussianDenoiser(prediction, means, variance).eval()
-        self.schedule = gaussian_schedule(prediction)
+        self.schedule = schedule or gaussian_schedule(prediction)
+        self.model = GaussianDenoiser(prediction, means, variance, self.schedule.alphas_cumprod).eval()
         self.size, self.multiple = means.shape[-1], 1
         self.class_names = class_names or [f"class {k}" for k in range(len(means))]
         self.clean_t = 0.01 if prediction == "edm" else 0  # F has no value at sigma = 0
@@ -115,6 +118,13 @@ class GaussianBackbone(Backbone):
         return {"posterior": Point("posterior")}
 
 
+class ExactBackbone(GaussianBackbone):
+    """The same in float64 from end to end."""
+
+    def denoise(self, x_t: Float[Tensor, "b c h w"], t: Tensor | float | int, condition: Condition) -> Tensor:
+        return self.model(x_t.double(), torch.as_tensor(t).double().expand(len(x_t)), **condition.tensors)
+
+
 def gaussian_schedule(prediction: str) -> Schedule:
     """A rectified flow for "flow", sigma in 0.02 ... 20 for "edm", the linear beta table for the others."""
     if prediction == "flow":
@@ -125,10 +135,27 @@ def gaussian_schedule(prediction: str) -> Schedule:
 
 
 def gaussian_backbone(
-    prediction: str, means: Float[Tensor, "k c h w"], variance: float, **names: Any
+    prediction: str, means: Float[Tensor, "k c h w"], variance: float, **options: Any
 ) -> GaussianBackbone:
-    """A backbone for data x0 ~ N(means[label], variance*I), x0 = 2*image - 1; `class_names=` names the classes."""
-    return GaussianBackbone(prediction, means, variance, **names)
+    """A backbone for data x0 ~ N(means[label], variance*I), x0 = 2*image - 1; class_names and schedule may be given."""
+    return GaussianBackbone(prediction, means, variance, **options)
+
+
+def gain(prediction: str, alpha: np.ndarray, sigma: np.ndarray, variance: float) -> np.ndarray:
+    """The error the prediction makes per unit of x0 - mean, beside one in eps that all classes share.
+
+    Of E[x0 | x_t] it is x0 - mean - alpha*variance/spread * (x_t - alpha*mean) = sigma^2/spread * (x0 - mean) + ...
+    """
+    of_x0 = sigma**2 / (alpha**2 * variance + sigma**2)
+    of_eps = alpha / sigma * of_x0
+    edm = np.sqrt(sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) * of_x0  # 1 / c_out
+    return {"x0": of_x0, "eps": of_eps, "v": of_x0 / sigma, "flow": of_x0 / sigma, "edm": edm}[prediction]
+
+
+def squared_distances(images: Float[Tensor, "b c h w"], means: Float[Tensor, "k c h w"]) -> np.ndarray:
+    """||x0 - mean||^2 [b k], in float64."""
+    residual = (2 * images.double() - 1)[:, None] - means.double()
+    return reduce(residual**2, "b k c h w -> b k", "sum").numpy()
 
 
 def class_means(classes: int, *, size: int = 4, spread: float = 0.1, seed: int = 0) -> Float[Tensor, "k 3 h w"]:
@@ -157,3 +184,13 @@ def bayes_log_posterior(
     loglik = -reduce(residual**2, "b k c h w -> b k", "sum") / (2 * variance)
     weights = torch.ones(len(means)) if prior is None else torch.tensor(prior)
     return torch.log_softmax(loglik + weights.double().log(), dim=1)
+
+
+def exact_eps_errors(
+    x0: np.ndarray, means: np.ndarray, variance: float, alpha: np.ndarray, sigma: np.ndarray, eps: np.ndarray
+) -> np.ndarray:
+    """||eps - E[eps | x_t, class]||^2 [b k n] for x0 [b d], means [k d], levels [n] and noise [b n d]."""
+    spread = alpha**2 * variance + sigma**2
+    from_eps = (alpha**2 * variance / spread)[:, None] * eps  # [b n d]
+    from_x0 = (alpha * sigma / spread)[:, None] * (x0[:, None] - means)[:, :, None]  # [b k n d]
+    return ((from_eps[:, None] - from_x0) ** 2).sum(-1)

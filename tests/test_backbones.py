@@ -10,6 +10,7 @@ from repkit.backbones.base import Backbone, Block, grid_of
 from repkit.backbones.conditions import Condition
 from repkit.backbones.dit import DiT
 from repkit.backbones.hashing import hash_weights
+from repkit.backbones.prompts import TextEncoders
 from repkit.backbones.unet import UNet
 from repkit.capture import Point, capture
 from repkit.schedule import Schedule
@@ -84,6 +85,14 @@ def test_stopping_at_any_block_gives_the_bits_of_the_full_run(backbone):
     stopped = {name: backbone.activations(x0, 100, condition, [name])[name] for name in backbone.points}
     assert all(torch.equal(stopped[name], full[name]) for name in full)
     assert len({tuple(m.flatten()[:8].tolist()) for m in full.values()}) > len(full) // 2  # they are not all one thing
+
+
+def test_shapes_and_conditions_are_known_before_any_text_is_encoded(backbone, monkeypatch):
+    said = backbone.condition(each_another(backbone, 2), 2)
+    monkeypatch.setattr(TextEncoders, "open", None)
+    assert backbone.shapes([list(backbone.points)[0]], *odd_sizes(backbone))
+    blank = backbone.blank_condition(2)
+    assert {k: v.shape for k, v in blank.tensors.items()} == {k: v.shape for k, v in said.tensors.items()}
 
 
 def test_flops_grow_as_blocks_are_reached(backbone):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline
 
-from repkit import catalog, zoo
+from repkit import catalog, hub, zoo
 from repkit.extractors import resolve
 from repkit.schedule import Schedule
 from repkit.taps import parse_taps
@@ -107,7 +107,7 @@ def test_an_outline_at_a_size_that_does_not_fit():
 
 
 def test_a_hub_id_of_the_catalog_is_outlined_without_the_hub(monkeypatch):
-    monkeypatch.setattr(zoo, "fetch_files", None)
+    monkeypatch.setattr(hub, "fetch_files", None)
     assert zoo.outline("stabilityai/stable-diffusion-2-1").name == "sd21"
 
 
@@ -125,6 +125,8 @@ def test_gone_ids_are_mirrors_of_what_took_their_place():
 def test_an_unknown_name_is_told_the_nearest():
     with pytest.raises(ValueError, match="no model 'sd22' in the catalog; near it: .*sd21"):
         catalog.describe("sd22")
+    with pytest.raises(ValueError, match=r"no model 'zzz' in the catalog \(all of them: repkit models\)$"):
+        catalog.describe("zzz")
 
 
 @pytest.mark.parametrize("name", catalog.bundled())

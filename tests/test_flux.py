@@ -325,5 +325,5 @@ def test_texts_need_both_encoders_and_are_no_classes(pipeline, dev):
 
 
 def test_transformers_that_take_more_than_the_latent_are_refused():
-    with pytest.raises(ValueError, match="takes 96 channels a token, not the 16 of a packed latent"):
+    with pytest.raises(ValueError, match="takes latents of 24 channels and the autoencoder makes 4"):
         Flux(tiny_flux.flux_model(in_channels=96, out_channels=16), Schedule.flow(), tiny_flux.flux_vae())

@@ -1,5 +1,8 @@
 """Overlays: LoRA merged by diffusers against B A by hand, denoisers swapped whole, and what does not fit refused."""
 
+from fnmatch import fnmatch
+
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from repkit import catalog, hub, zoo
 from repkit.extractors import DiffusionExtractor
 from repkit.overlays import merge_loras
-from tests import tiny, tiny_flux, tiny_sd, tiny_sd3
+from tests import families, tiny, tiny_flux, tiny_sd, tiny_sd3
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 OTHER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -219,6 +222,62 @@ def test_a_random_control_of_a_text_model_keeps_its_prompts(folder):
     assert control.prompts.hash == backbone.prompts.hash and control.name.endswith("(random init)")
 
 
-def test_a_missing_lora_is_told_before_anything_is_loaded(tmp_path):
-    with pytest.raises(OSError, match="no file .*nowhere.safetensors for lora="):
-        zoo.load("owner/never-asked-for", lora=[(tmp_path / "nowhere.safetensors", 0.5)])
+@pytest.mark.parametrize(
+    ("model", "option"),
+    [("owner/name", "lora"), ("owner/name", "vae"), ("owner/name", "denoiser"), ("sit.pt", "lora"), ("sit.pt", "vae")],
+)
+def test_what_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch, model, option):
+    monkeypatch.setattr(hub, "fetch_pipeline", None)
+    monkeypatch.setattr(zoo, "load_checkpoint", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sit.pt").touch()
+    missing = tmp_path / "no.safetensors"
+    with pytest.raises(OSError, match=f"no file .*no.safetensors.* for {option}="):
+        zoo.load(model, **{option: [(missing, 0.5)] if option == "lora" else missing})
+
+
+def test_a_missing_checkpoint_is_told_before_its_autoencoder_is_read(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "read_vae", None)
+    with pytest.raises(OSError, match="no file .*sit.pt"):
+        zoo.load(tmp_path / "sit.pt", vae=folder)
+
+
+@pytest.mark.parametrize("missing", ["./vae", "vae", "a/b/vae", "owner/vae.pt"])
+def test_what_is_no_hub_id_is_not_asked_for(missing, monkeypatch):
+    monkeypatch.setattr(hub, "fetch_files", None)
+    with pytest.raises(OSError, match=f"no file or folder '{missing}' for vae=; give its path, or owner/name"):
+        hub.find_part("vae", missing, ["vae"])
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_other_parts_are_pinned_on_the_hub_by_a_revision_of_their_own(folder, tmp_path, monkeypatch, part):
+    other = tiny_sd.sd_unet(seed=5)
+    other.save_pretrained(tmp_path / part)
+    asked = []
+
+    def download(hub_id, **options):
+        asked.append((hub_id, options["revision"], options["local_files_only"]))
+        names = ["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors"]
+        taken = [any(fnmatch(f"{part}/{name}".strip("/"), one) for one in options["allow_patterns"]) for name in names]
+        assert taken == [False, len(asked) == 1 or not part]  # the second call is for another part
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    backbone = zoo.load(folder, denoiser="owner/name@abc123", revision=None, offline=True)
+    assert asked == [("owner/name", "abc123", True)]
+    assert torch.equal(backbone.model.conv_in.weight, other.conv_in.weight)
+    assert backbone.provenance["denoiser"] == "owner/name@abc123"
+    hub.find_part("vae", "owner/name", ["vae"])
+    assert asked[1] == ("owner/name", None, False)
+
+
+LATENT = {"dit-vae": 4, "sd": 4, "sdxl": 4, "pixart-alpha": 4, "pixart-sigma": 4, "sd3": 16, "sd35": 16, "flux": 4}
+
+
+@pytest.mark.parametrize("family", LATENT)
+def test_an_autoencoder_of_other_channels_is_refused(family, tmp_path):
+    config = {**tiny.vae_model().config, "latent_channels": 6}
+    AutoencoderKL.from_config(config).save_pretrained(tmp_path / "vae")
+    families.PIPELINES[family]().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=f"takes latents of {LATENT[family]} channels and the autoencoder makes 6; "):
+        zoo.load(tmp_path / "model", vae=tmp_path / "vae")

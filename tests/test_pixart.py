@@ -201,15 +201,6 @@ def test_a_batch_equals_its_images_one_by_one(both):
     assert torch.equal(other[0], together[0]) and not torch.allclose(other[1], together[1], rtol=1e-3)
 
 
-def test_shapes_are_known_before_any_text_is_encoded(folders):
-    backbone = zoo.load(folders / "sigma")
-    blank = backbone.blank_condition(2)
-    assert backbone.shapes(["block.1"], *SIZE) == {"block.1": (12, 5, 3)}
-    assert backbone.prompts.free() == 0  # nothing was opened
-    said = backbone.condition("a cat", 2)
-    assert {k: v.shape for k, v in blank.tensors.items()} == {k: v.shape for k, v in said.tensors.items()}
-
-
 def test_sizes_that_do_not_fit_name_the_nearest(alpha):
     with pytest.raises(ValueError, match="alpha takes sides that are multiples of 4, not 18x13; nearest: 16x12"):
         DiffusionExtractor(alpha[1], "block.0@10")(tiny.images(1, 18, 13))

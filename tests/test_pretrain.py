@@ -35,6 +35,7 @@ from repkit.recipes.mini_models import MINI_MODELS, build_network, mini_model, p
 from repkit.recipes.model_folder import export_model, read_weights, sample, write_losses
 from repkit.recipes.pretrain import Denoiser, Options, lr_factor, parse_options, pretrain, target
 from repkit.recipes.training_images import draw_batch, prepare_images
+from repkit.zoo import EVIDENCE_WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -407,3 +408,15 @@ def test_exporting_again_takes_up_new_figures(run, tmp_path):
     before, after = files(Path(run.out, "model")), files(folder)
     assert "| probe | 0.9 |" in after["README.md"].decode()
     assert {name for name in before if before[name] != after[name]} == {"README.md", "figures.json"}
+
+
+def test_exporting_other_weights_drops_the_weights_of_evidence(run, tmp_path):
+    checkpoint = Path(copied(run, tmp_path).out, "last.ckpt")
+    folder = checkpoint.parent / "model"
+    (folder / EVIDENCE_WEIGHTS).write_text("{}")
+    assert (export_model(checkpoint, folder) / EVIDENCE_WEIGHTS).is_file()
+    saved = torch.load(checkpoint, weights_only=True)
+    name = next(name for name in saved["state_dict"] if name.startswith("ema."))
+    saved["state_dict"][name] += 1
+    torch.save(saved, checkpoint)
+    assert not (export_model(checkpoint, folder) / EVIDENCE_WEIGHTS).exists()

@@ -339,8 +339,8 @@ def text_unet(schedule=None, **options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"in_channels": 9}, "takes 9 channels where the latents have 4: U-Nets for inpainting"),
-        ({"in_channels": 7, "num_class_embeds": 10}, "takes 7 channels"),
+        ({"in_channels": 9}, "takes latents of 9 channels and the autoencoder makes 4; .* as for inpainting"),
+        ({"in_channels": 7, "num_class_embeds": 10}, "told more than a text .num_class_embeds=10."),
         ({"num_class_embeds": 10}, "told more than a text .num_class_embeds=10."),
         ({"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
         ({"encoder_hid_dim": 6, "encoder_hid_dim_type": "text_proj"}, "encoder_hid_dim_type='text_proj'"),

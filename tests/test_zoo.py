@@ -244,6 +244,16 @@ def test_older_pipelines_call_a_dit_a_transformer(dit, tmp_path):
     assert torch.equal(features(backbone, "block.1@261", "owl"), features(tiny.dit(), "block.1@261", "owl"))
 
 
+def test_the_first_pipelines_had_their_parts_beside_the_index(ddpm, tmp_path):
+    old = tmp_path / "ddpm"
+    for part in ("", "unet", "scheduler"):
+        shutil.copytree(ddpm / part, old, ignore=lambda *_: ["unet", "scheduler"], dirs_exist_ok=True)
+    backbone, pipeline = zoo.load(old), DDPMPipeline.from_pretrained(old)  # diffusers takes it too
+    assert torch.equal(backbone.model.conv_in.weight, pipeline.unet.conv_in.weight)
+    assert torch.equal(features(backbone, "up.0@261"), features(tiny.unet(), "up.0@261"))
+    assert zoo.outline(old).blocks == backbone.blocks
+
+
 def test_an_unknown_family_in_a_folder(tmp_path):
     unet = UNet1DModel(sample_size=64, block_out_channels=(8, 8), down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
                        up_block_types=("UpBlock1D", "UpBlock1DNoSkip"), extra_in_channels=16)  # fmt: skip

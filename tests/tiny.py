@@ -1,27 +1,13 @@
-"""Tiny random networks of every family: real diffusers classes, a few thousand weights, none of them zero."""
+"""Tiny random networks on pixels and classes: real diffusers classes, a few thousand weights, none of them zero."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from einops import rearrange
+from diffusers import AutoencoderKL, DiTTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
-from repkit.backbones.base import Backbone
-from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.dit import DiT
 from repkit.backbones.unet import UNet
-from repkit.backbones.unet_points import unet_points
-from repkit.capture import Point
 from repkit.schedule import Schedule
 
 
@@ -126,150 +112,6 @@ def pixel_dit() -> DiT:
     return DiT(dit_model(in_channels=3, out_channels=3, sample_size=8), linear())
 
 
-class Told(Backbone):
-    """A network told a text: what families yet to come will be, as little as it takes to run them."""
-
-    def __init__(self, model: Any, schedule: Schedule, multiple: int, widths: Mapping[str, tuple[int, ...]]) -> None:
-        self.name, self.model, self.schedule = type(model).__name__, model, schedule
-        self.size, self.multiple, self.widths = 64, multiple, widths
-
-    def encode(self, images: Tensor) -> Tensor:
-        grey = nn.functional.avg_pool2d(images, 8).mean(1, keepdim=True)
-        return grey * torch.linspace(-1, 1, self.channels)[:, None, None]
-
-    @property
-    def channels(self) -> int:
-        return self.model.config.in_channels
-
-    def condition(self, cond: Cond, batch: int) -> Condition:
-        each = list(cond) if isinstance(cond, Sequence) and not isinstance(cond, str) else [cond] * batch
-        seeds = [torch.Generator().manual_seed(len(str(one))) for one in each]
-        return Condition(
-            {name: torch.stack([torch.randn(w, generator=s) for s in seeds]) for name, w in self.widths.items()}
-        )
-
-    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return model(x_t, timestep=t, return_dict=False, **condition.tensors)[0]
-
-
-class TextUNet(Told):
-    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        told = dict(condition.tensors)
-        added = {name: told.pop(name) for name in ("text_embeds", "time_ids") if name in told}
-        return model(x_t, t, added_cond_kwargs=added or None, return_dict=False, **told)[0]
-
-    @cached_property
-    def points(self) -> Mapping[str, Point]:
-        return unet_points(self.model)
-
-
-class Joint(Told):
-    """SD3: blocks return (text, image)."""
-
-    @cached_property
-    def points(self) -> Mapping[str, Point]:
-        paths = [f"transformer_blocks.{index}" for index in range(len(self.model.transformer_blocks))]
-        inner = {f"block.{index}.in.adaln": Point(f"{path}.norm1") for index, path in enumerate(paths)}
-        return inner | {f"block.{index}": Point(path) for index, path in enumerate(paths)}
-
-    def fold(self, point: Point, raw: Any, x_t: Tensor) -> Tensor:
-        whole_block = isinstance(raw, tuple) and point.path.count(".") == 1
-        return super().fold(point, raw[1] if whole_block else raw, x_t)
-
-
-class Flux(Joint):
-    """Latents packed 2x2 into tokens, and blocks that run text and image as one sequence."""
-
-    @property
-    def channels(self) -> int:
-        return self.model.config.in_channels // 4
-
-    def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        h, w = x_t.shape[-2] // 2, x_t.shape[-1] // 2
-        packed = rearrange(x_t, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        ids = torch.stack([torch.zeros(h * w), rows.flatten(), columns.flatten()], 1)
-        told = {**condition.tensors, "img_ids": ids, "txt_ids": torch.zeros(self.widths["encoder_hidden_states"][0], 3)}
-        out = super().predict(model, packed, t / 1000, Condition(told))
-        return rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", h=h, w=w, p=2, q=2)
-
-    @cached_property
-    def points(self) -> Mapping[str, Point]:
-        both = {"block": self.model.transformer_blocks, "single": self.model.single_transformer_blocks}
-        lists = {"block": "transformer_blocks", "single": "single_transformer_blocks"}
-        return {f"{name}.{i}": Point(f"{lists[name]}.{i}") for name, blocks in both.items() for i in range(len(blocks))}
-
-
-def sd() -> Told:
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=12,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    schedule = Schedule.from_betas("scaled_linear", "v")
-    return TextUNet(randomise(model), schedule, 8, {"encoder_hidden_states": (7, 12)})
-
-
-def sdxl() -> Told:
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        cross_attention_dim=12,
-        norm_num_groups=4,
-        attention_head_dim=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=10 + 6 * 4,
-        use_linear_projection=True,
-    )
-    widths = {"encoder_hidden_states": (7, 12), "text_embeds": (10,), "time_ids": (6,)}
-    return TextUNet(randomise(model), linear(), 8, widths)
-
-
-def sd3() -> Told:
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=3,
-        attention_head_dim=4,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=8,
-        pooled_projection_dim=10,
-        pos_embed_max_size=16,
-    )
-    widths = {"encoder_hidden_states": (5, 12), "pooled_projections": (10,)}
-    return Joint(randomise(model), Schedule.flow(3.0), 16, widths)
-
-
-def flux() -> Told:
-    model = FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        guidance_embeds=True,
-        axes_dims_rope=(2, 2, 4),
-    )
-    widths = {"encoder_hidden_states": (6, 12), "pooled_projections": (10,), "guidance": ()}
-    return Flux(randomise(model), Schedule.flow(), 16, widths)
-
-
 OURS = {
     "unet": unet,
     "grey": grey_unet,
@@ -279,7 +121,6 @@ OURS = {
     "dit": dit,
     "pixel-dit": pixel_dit,
 }
-TOLD = {"sd": sd, "sdxl": sdxl, "sd3": sd3, "flux": flux}
 
 
 def images(count: int = 3, height: int = 16, width: int = 16, seed: int = 0) -> Tensor:

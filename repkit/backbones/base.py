@@ -68,6 +68,7 @@ class Backbone(ABC):
     clean_t: float | int = 0
     options: Mapping[str, str] = {}  # what else decides the values, for the identity: how latents are taken, ...
     provenance: Mapping[str, Any] = {}  # what `load` was given, from which it can be loaded again
+    evidence_weights: Mapping[str, Any] | None = None  # the table of a zero-shot classifier's weights, as JSON has it
     prompts: Prompts | None = None  # what texts are encoded by, where the condition is a text
     trimmed: int = 0  # bytes of weights that were freed, since the taps in use do not need them
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repkit.backbones.base import Backbone
 from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
-from repkit.backbones.latents import Latent, encode_pixels, encode_vae, vae_stride
+from repkit.backbones.latents import Latent, encode_pixels, encode_vae, latent_stride
 from repkit.backbones.parts import Parts
 from repkit.capture import Point
 from repkit.schedule import Schedule
@@ -33,7 +33,7 @@ class DiT(Backbone):
     ) -> None:
         config = model.config
         self.name, self.model, self.schedule, self.vae, self.latent = name, model, schedule, vae, latent
-        stride = 1 if vae is None else vae_stride(vae)
+        stride = 1 if vae is None else latent_stride(vae, config.in_channels, name)
         self.size, self.multiple = config.sample_size * stride, config.patch_size * stride
         self.class_names = class_names
         self.options = {} if vae is None else {"latent": latent}

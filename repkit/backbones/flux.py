@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repkit.attention import Attended, joint_map
-from repkit.backbones.base import Backbone
-from repkit.backbones.conditions import Cond, Condition
-from repkit.backbones.latents import Latent, encode_vae, vae_stride
+from repkit.backbones.conditions import Condition
+from repkit.backbones.latents import Latent
 from repkit.backbones.parts import Parts
-from repkit.backbones.prompts import Encoders, Prompts, TextEncoders
+from repkit.backbones.prompts import Encoders, TextEncoders
+from repkit.backbones.text_latents import TextOnLatents
 from repkit.backbones.texts import clip, needed, t5
 from repkit.capture import Point
 from repkit.schedule import Schedule
@@ -22,7 +22,7 @@ from repkit.schedule import Schedule
 PATCH = 2  # latent pixels a token's side: each 2x2 patch is packed into the channels of one token
 
 
-class Flux(Backbone):
+class Flux(TextOnLatents):
     """A FLUX.1: `block.i` have a stream for the text and one for the image, `single.i` one for both.
 
     guidance: the scale that the distilled models are told; others have none. tokens: the length that T5's text is
@@ -43,31 +43,24 @@ class Flux(Backbone):
         tokens: int | None = None,
     ) -> None:
         config = model.config
-        self.name, self.model, self.schedule, self.vae, self.latent = name, model, schedule, vae, latent
-        _check_channels(config.in_channels, vae.config.latent_channels, name)
         self.guidance = float(guidance) if config.guidance_embeds else None
         self.tokens = tokens or (512 if config.guidance_embeds else 256)
-        self.size, self.multiple = vae.config.sample_size, PATCH * vae_stride(vae)
-        self.options = {"latent": latent, "guidance": str(self.guidance), "tokens": str(self.tokens)}
         shapes = {
             "encoder_hidden_states": (self.tokens, config.joint_attention_dim),
             "pooled_projections": (config.pooled_projection_dim,),
         }
-        self.prompts: Prompts = Prompts(texts, self.encode_text, shapes=shapes, model=name)
+        told: dict[str, Any] = {"name": name, "latent": latent, "shapes": shapes}
+        super().__init__(model, schedule, vae, texts, channels=config.in_channels // PATCH**2, **told)
+        self.size, self.multiple = vae.config.sample_size, PATCH * self.stride
+        self.options = {"latent": latent, "guidance": str(self.guidance), "tokens": str(self.tokens)}
 
-    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        return encode_vae(self.vae, images, self.latent)
-
-    def encode_text(self, encoders: Encoders, text: str | None) -> dict[str, Tensor]:
+    def encode_text(self, encoders: Encoders, text: str) -> dict[str, Tensor]:
         """T5's hidden states [n d] and CLIP's pooled vector."""
         tokenizer, encoder = needed(encoders, "tokenizer", "text_encoder", model=self.name)
-        _, pooled = clip(tokenizer, encoder, text or "")
+        _, pooled = clip(tokenizer, encoder, text)
         tokenizer, encoder = needed(encoders, "tokenizer_2", "text_encoder_2", model=self.name)
-        hidden, _ = t5(tokenizer, encoder, text or "", length=self.tokens)
+        hidden, _ = t5(tokenizer, encoder, text, length=self.tokens)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
-
-    def condition(self, cond: Cond, batch: int) -> Condition:
-        return self.prompts.condition(cond, batch, self.device, self.dtype)
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         tokens = condition.tensors["encoder_hidden_states"].shape[1]
@@ -106,10 +99,6 @@ class Flux(Backbone):
             points |= _points(f"single.{index}", f"single_transformer_blocks.{index}", norm="norm", mlp="act_mlp")
         return points
 
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        return {"denoiser": self.model, "vae": self.vae}
-
 
 def grid(x_t: Float[Tensor, "b c h w"]) -> tuple[int, int]:
     """The tokens' grid (rows, columns) of a latent."""
@@ -145,14 +134,6 @@ def _points(name: str, path: str, *, norm: str, mlp: str) -> dict[str, Point]:
         f"{name}.mlp": Point(f"{path}.{mlp}"),
         name: Point(path),
     }
-
-
-def _check_channels(channels: int, latent: int, name: str) -> None:
-    if channels != latent * PATCH**2:
-        raise ValueError(
-            f"the transformer of {name} takes {channels} channels a token, not the {latent * PATCH**2} of a packed "
-            "latent; inpainting and control variants (Fill, Canny, Depth) are not supported, dev and schnell are"
-        )
 
 
 def from_parts(parts: Parts) -> Flux:

@@ -30,6 +30,17 @@ def encode_vae(vae: Any, images: Float[Tensor, "b 3 H W"], latent: Latent) -> Fl
     return (x0.float() - shift) * vae.config.scaling_factor
 
 
+def latent_stride(vae: Any, channels: int, name: str) -> int:
+    """Image pixels a latent pixel. Raises ValueError unless the autoencoder makes as many channels as `name` takes."""
+    stride = vae_stride(vae)
+    if channels != (made := vae.config.latent_channels):
+        raise ValueError(
+            f"{name} takes latents of {channels} channels and the autoencoder makes {made}; give the vae= that it was "
+            "trained on (models that see a second image, as for inpainting, editing or upscaling, are not supported)"
+        )
+    return stride
+
+
 def vae_stride(vae: Any) -> int:
     """Image pixels a latent pixel. Raises ValueError where a model on latents came without an autoencoder."""
     if vae is None:

@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repkit.backbones.base import Backbone
-from repkit.backbones.conditions import Cond, Condition
-from repkit.backbones.latents import Latent, encode_vae, vae_stride
+from repkit.backbones.conditions import Condition
+from repkit.backbones.latents import Latent
 from repkit.backbones.parts import Parts
-from repkit.backbones.prompts import Encoders, Prompts, TextEncoders
+from repkit.backbones.prompts import Encoders, TextEncoders
+from repkit.backbones.text_latents import TextOnLatents
 from repkit.backbones.texts import needed, t5
 from repkit.capture import Point
 from repkit.schedule import Schedule
@@ -20,7 +20,7 @@ from repkit.schedule import Schedule
 ALPHA_TOKENS, SIGMA_TOKENS = 120, 300  # what texts are padded to; no config says it
 
 
-class PixArt(Backbone):
+class PixArt(TextOnLatents):
     """A PixArt with its autoencoder, at any size: its position embedding is stretched. None is the empty prompt.
 
     Texts lose their capitals and outer blanks, as in diffusers. tokens: what texts are padded to.
@@ -38,29 +38,22 @@ class PixArt(Backbone):
         latent: Latent = "mode",
     ) -> None:
         config = model.config
-        self.name, self.model, self.schedule, self.vae, self.latent = name, model, schedule, vae, latent
-        self.stride = vae_stride(vae)
-        self.size, self.multiple = config.sample_size * self.stride, config.patch_size * self.stride
-        self.options = {"latent": latent, "tokens": str(tokens)}
-        self.tokens = tokens
         shapes = {
             "encoder_hidden_states": (tokens, config.caption_channels or config.cross_attention_dim),
             "encoder_attention_mask": (tokens,),
         }
-        self.prompts: Prompts = Prompts(texts, self.encode_text, shapes=shapes, model=name)
+        told: dict[str, Any] = {"name": name, "latent": latent, "shapes": shapes}
+        super().__init__(model, schedule, vae, texts, channels=config.in_channels, **told)
+        self.tokens = tokens
+        self.size, self.multiple = config.sample_size * self.stride, config.patch_size * self.stride
+        self.options = {"latent": latent, "tokens": str(tokens)}
 
-    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        return encode_vae(self.vae, images, self.latent)
-
-    def encode_text(self, encoders: Encoders, text: str | None) -> dict[str, Tensor]:
+    def encode_text(self, encoders: Encoders, text: str) -> dict[str, Tensor]:
         """T5's hidden states [n d], and the mask [n] of those that are no padding."""
         tokenizer, encoder = needed(encoders, "tokenizer", "text_encoder", model=self.name)
-        said = (text or "").lower().strip()
+        said = text.lower().strip()
         hidden, mask = t5(tokenizer, encoder, said, length=self.tokens, masked=True)
         return {"encoder_hidden_states": hidden, "encoder_attention_mask": mask}
-
-    def condition(self, cond: Cond, batch: int) -> Condition:
-        return self.prompts.condition(cond, batch, self.device, self.dtype)
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         added = self.image_size(x_t) if self.model.use_additional_conditions else None
@@ -92,10 +85,6 @@ class PixArt(Backbone):
             points[f"{name}.mlp"] = Point(f"{path}.ff")
             points[name] = Point(path)
         return points
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        return {"denoiser": self.model, "vae": self.vae}
 
 
 def from_parts(parts: Parts) -> PixArt:

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repkit.attention import Attended, joint_map
-from repkit.backbones.base import Backbone
-from repkit.backbones.conditions import Cond, Condition
-from repkit.backbones.latents import Latent, encode_vae, vae_stride
+from repkit.backbones.conditions import Condition
+from repkit.backbones.latents import Latent
 from repkit.backbones.parts import Parts
-from repkit.backbones.prompts import Encoders, Prompts, TextEncoders
+from repkit.backbones.prompts import Encoders, TextEncoders
+from repkit.backbones.text_latents import TextOnLatents
 from repkit.backbones.texts import clip, needed, t5
 from repkit.capture import Point
 from repkit.schedule import Schedule
@@ -21,7 +21,7 @@ from repkit.schedule import Schedule
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 
-class SD3(Backbone):
+class SD3(TextOnLatents):
     """An SD3 or SD3.5 with its autoencoder; blocks are their image stream. None is the empty prompt.
 
     Without the third text encoder (T5) its tokens are zeros, which the model was trained to bear.
@@ -38,26 +38,21 @@ class SD3(Backbone):
         latent: Latent = "mode",
     ) -> None:
         config = model.config
-        self.name, self.model, self.schedule, self.vae, self.latent = name, model, schedule, vae, latent
-        self.multiple = config.patch_size * vae_stride(vae)
-        self.size = config.sample_size * vae_stride(vae)
-        self.largest = config.pos_embed_max_size * self.multiple
-        self.options = {"latent": latent}
         shapes = {
             "encoder_hidden_states": (CLIP_TOKENS + T5_TOKENS, config.joint_attention_dim),
             "pooled_projections": (config.pooled_projection_dim,),
         }
-        self.prompts: Prompts = Prompts(texts, self.encode_text, shapes=shapes, model=name)
+        told: dict[str, Any] = {"name": name, "latent": latent, "shapes": shapes}
+        super().__init__(model, schedule, vae, texts, channels=config.in_channels, **told)
+        self.size, self.multiple = config.sample_size * self.stride, config.patch_size * self.stride
+        self.largest = config.pos_embed_max_size * self.multiple
 
-    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        return encode_vae(self.vae, images, self.latent)
-
-    def encode_text(self, encoders: Encoders, text: str | None) -> dict[str, Tensor]:
+    def encode_text(self, encoders: Encoders, text: str) -> dict[str, Tensor]:
         """Both CLIPs' hidden states side by side, zeros up to T5's width, then T5's tokens; both pooled vectors."""
-        hidden, pooled = zip(*(self._clip_tokens(encoders, number, text or "") for number in ("", "_2")), strict=True)
+        hidden, pooled = zip(*(self._clip_tokens(encoders, number, text) for number in ("", "_2")), strict=True)
         beside = torch.cat(hidden, dim=-1)  # [n d1+d2]
         beside = nn.functional.pad(beside, (0, self.model.config.joint_attention_dim - beside.shape[-1]))
-        tokens = torch.cat([beside, self._t5_tokens(encoders, text or "").to(beside)])
+        tokens = torch.cat([beside, self._t5_tokens(encoders, text).to(beside)])
         return {"encoder_hidden_states": tokens, "pooled_projections": torch.cat(pooled)}
 
     def _clip_tokens(
@@ -71,9 +66,6 @@ class SD3(Backbone):
             return torch.zeros(T5_TOKENS, self.model.config.joint_attention_dim)
         tokenizer, encoder = needed(encoders, "tokenizer_3", "text_encoder_3", model=self.name)
         return t5(tokenizer, encoder, text, length=T5_TOKENS)[0]
-
-    def condition(self, cond: Cond, batch: int) -> Condition:
-        return self.prompts.condition(cond, batch, self.device, self.dtype)
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         return model(x_t, timestep=t, return_dict=False, **condition.tensors)[0]
@@ -108,10 +100,6 @@ class SD3(Backbone):
             points[f"{name}.mlp"] = Point(f"{path}.ff")
             points[name] = Point(path)
         return points
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        return {"denoiser": self.model, "vae": self.vae}
 
 
 def _attention_points(name: str, path: str) -> dict[str, Point]:

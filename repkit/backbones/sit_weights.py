@@ -34,6 +34,11 @@ def network_time(weights: Mapping[str, Tensor], name: str) -> NetworkTime:
     )
 
 
+def latent_channels(weights: Mapping[str, Tensor]) -> int:
+    """How many channels the network takes."""
+    return weights["ln1.weight" if "ln1.weight" in weights else "x_embedder.proj.weight"].shape[1]
+
+
 def _rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the network itself, under SiT's names."""
     aligned = _depth(weights)  # REPA's first checkpoints count the blocks after the aligned one anew

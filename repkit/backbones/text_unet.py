@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from repkit.backbones.base import Backbone
-from repkit.backbones.conditions import Cond, Condition
-from repkit.backbones.latents import Latent, encode_vae, vae_stride
+from repkit.backbones.conditions import Condition
+from repkit.backbones.latents import Latent
 from repkit.backbones.parts import Parts
-from repkit.backbones.prompts import Encoders, Prompts, TextEncoders
+from repkit.backbones.prompts import Encoders, TextEncoders
+from repkit.backbones.text_latents import TextOnLatents
 from repkit.backbones.texts import clip, needed
 from repkit.backbones.unet_points import unet_points
 from repkit.capture import Point
@@ -21,7 +21,7 @@ from repkit.schedule import Schedule
 TOKENS = 77  # what every CLIP pads its texts to
 
 
-class TextUNet(Backbone):
+class TextUNet(TextOnLatents):
     """A text-conditioned U-Net with its autoencoder; `zero_null`: the null prompt is zeros, not the empty text.
 
     SDXL's is also told the size of the image, uncropped. Guidance-distilled ones (LCM) are told no guidance.
@@ -39,22 +39,13 @@ class TextUNet(Backbone):
         zero_null: bool = False,
     ) -> None:
         _check_supported(model.config, schedule, vae, name)
-        side = model.config.sample_size
-        self.name, self.model, self.schedule, self.vae, self.latent = name, model, schedule, vae, latent
+        told: dict[str, Any] = {"channels": model.config.in_channels, "shapes": _text_shapes(model.config)}
+        null = None if zero_null else ""
+        super().__init__(model, schedule, vae, texts, name=name, latent=latent, null=null, **told)
         # Only the autoencoder needs whole cells: the U-Net itself takes latents of any size.
-        self.multiple = vae_stride(vae)
-        self.size = (side if isinstance(side, int) else min(side)) * self.multiple
+        self.multiple, side = self.stride, model.config.sample_size
+        self.size = (side if isinstance(side, int) else min(side)) * self.stride
         self.options = {"latent": latent} | ({"null prompt": "zeros"} if zero_null else {})
-        self._zero_null = zero_null
-        self.prompts: Prompts = Prompts(texts, self._encode_text, shapes=_text_shapes(model.config), model=name)
-
-    def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
-        return encode_vae(self.vae, images, self.latent)
-
-    def condition(self, cond: Cond, batch: int) -> Condition:
-        if cond is None and not self._zero_null:  # a cache may know the zeros of another model with these encoders
-            cond = ""
-        return self.prompts.condition(cond, batch, self.device, self.dtype)
 
     def predict(self, model: nn.Module, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told: dict[str, Any] = dict(condition.tensors)
@@ -67,13 +58,8 @@ class TextUNet(Backbone):
     def points(self) -> Mapping[str, Point]:
         return unet_points(self.model)
 
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        return {"denoiser": self.model, "vae": self.vae}
-
-    def _encode_text(self, encoders: Encoders, text: str | None) -> dict[str, Tensor]:
-        if text is None:
-            return {name: torch.zeros(shape) for name, shape in self.prompts.shapes.items()}
+    def encode_text(self, encoders: Encoders, text: str) -> dict[str, Tensor]:
+        """The hidden states [77 d] of CLIP, or of SDXL's two side by side with the second one's pooled vector."""
         tokenizer, encoder = needed(encoders, "tokenizer", "text_encoder", model=self.name)
         if "text_embeds" not in self.prompts.shapes:
             return {"encoder_hidden_states": clip(tokenizer, encoder, text)[0]}
@@ -113,14 +99,9 @@ def _text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _check_supported(config: Any, schedule: Schedule, vae: Any, name: str) -> None:
-    """Raise ValueError for U-Nets that want to be told more than a text, or work on other latents."""
+    """Raise ValueError for U-Nets that want to be told more than a text, or work on pixels."""
     if vae is None:
         raise ValueError(f"{name} has no vae, but a text-conditioned U-Net is only supported on latents; load it whole")
-    if config.in_channels != vae.config.latent_channels:
-        raise ValueError(
-            f"{name} takes {config.in_channels} channels where the latents have {vae.config.latent_channels}: U-Nets "
-            "for inpainting, editing or upscaling see a second image; load the text-to-image model"
-        )
     told = ("class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type", "addition_embed_type")
     more = {key: value for key in told if (value := config.get(key)) is not None}
     if more.get("addition_embed_type") == "text_time":

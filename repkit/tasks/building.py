@@ -1,5 +1,6 @@
 """From names and flags to an extractor, and from a store's manifest back to the extractor that made it."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from repkit.dino import DinoExtractor
 from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import Identity, identity_differences
 from repkit.images import Resize
+from repkit.retrieval import prompts_of_their_own
 from repkit.zoo import load
 
 # What provenance keeps of `load`.
@@ -30,24 +32,30 @@ def build_extractor(
     dtype: str = "float32",
     revision: str | None = None,
     offline: bool = False,
+    compile: bool = False,
+    trim: bool = False,
     discard: Mapping[str, Sequence[int]] | None = None,
     **changes: Any,
 ) -> Extractor:
     """An extractor by name: `timm:NAME` is a DinoExtractor, anything else a diffusion backbone as `load` takes it.
 
-    changes: what else `load` takes: lora, denoiser, vae, prompt_cache and so on; what is None or empty is left out.
+    changes: what else `load` takes: lora, denoiser, vae, prompt_cache and so on, dtypes by their names; what is None
+    or empty is left out.
     """
-    _check_device(device)
+    check_device(device)
     changes = {name: value for name, value in changes.items() if value}
-    if model.startswith("timm:") and changes:
-        raise ValueError(f"{', '.join(changes)} given for {model}; that is for diffusion models")
+    given = [*changes, *(name for name, value in (("compile", compile), ("trim", trim)) if value)]
+    if model.startswith("timm:") and given:
+        raise ValueError(f"{', '.join(given)} given for {model}; that is for diffusion models")
+    if "vae_dtype" in changes:
+        changes["vae_dtype"] = _dtype(changes["vae_dtype"])
     if model.startswith("timm:"):
         return DinoExtractor(model, taps or ("norm",), resize=resize, device=device, dtype=_dtype(dtype))
     if not taps:
         raise ValueError(f"no taps for {model}; give -t BLOCKS@TIMES, for example -t mid@100 (blocks: repkit blocks)")
     backbone = load(model, device=device, dtype=_dtype(dtype), revision=revision, offline=offline, **changes)
     settings: dict[str, Any] = {"resize": resize, "cond": cond, "draws": draws, "seed": seed, "noise": noise}
-    return DiffusionExtractor(backbone, taps, discard=discard, **settings)
+    return DiffusionExtractor(backbone, taps, compile=compile, trim=trim, discard=discard, **settings)
 
 
 def rebuild_extractor(
@@ -61,10 +69,10 @@ def rebuild_extractor(
     if source is None:
         raise ValueError("the model these features came from was not loaded by name; say which it is with -m MODEL")
     cond = identity.get("cond")
-    if isinstance(cond, dict) or (isinstance(cond, str) and "{" in cond):
+    if told := prompts_of_their_own(cond):
         raise ValueError(
-            f"each image was told something of its own ({cond}), which a query does not have; in Python, pool its "
-            "features yourself and search by the array"
+            f"each image was told {told}, which a query does not have; in Python, extract the query with a prompt, "
+            "pool its features and search by that array"
         )
     extractor = build_extractor(
         source,
@@ -90,8 +98,6 @@ def _changes(provenance: Mapping[str, Any]) -> dict[str, Any]:
     changes = {name: provenance[name] for name in CHANGES if name in provenance}
     if "lora" in changes:
         changes["lora"] = [tuple(one) for one in changes["lora"]]
-    if "vae_dtype" in changes:
-        changes["vae_dtype"] = DTYPES[changes["vae_dtype"]]
     return changes
 
 
@@ -104,7 +110,22 @@ def read_lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def _check_device(name: str) -> None:
+def read_config(pairs: Sequence[str]) -> dict[str, Any]:
+    """A config as it is written on the command line: KEY=VALUE, with numbers, true, false and lists as in JSON."""
+    config: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise ValueError(f"--config {pair!r} is no KEY=VALUE; write for example --config time=sit")
+        try:
+            config[key] = json.loads(value)
+        except json.JSONDecodeError:  # a plain word
+            config[key] = value
+    return config
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError for a device that torch does not find here."""
     try:
         torch.empty(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

@@ -22,7 +22,8 @@ from repkit.store import FeatureStore
 from repkit.tasks.page import Cell, Neighbours, Table, Verdict, write_page
 from repkit.tasks.probe import ProbeReport, probe_features, probe_store, read_labels, split_rows
 from repkit.tasks.visualize import pca_colors
-from repkit.zeroshot import DiffusionClassifier
+from repkit.zeroshot.classifier import DiffusionClassifier
+from repkit.zeroshot.strategies import Uniform
 from repkit.zoo import load, random_control
 
 POOL = "2x2"
@@ -175,7 +176,7 @@ def _neighbours(contest: Contest, images: Path, queries: int = 8, k: int = 7) ->
 def _verdicts(backbone: Backbone, images: Path, tour: Tour, queries: int = 10) -> tuple[bool, list[Verdict]]:
     """What the denoiser itself says of test images, without any probe, and whether its temperature was fitted."""
     assert backbone.class_names is not None
-    classifier = DiffusionClassifier(backbone, backbone.class_names, evaluations=tour.evaluations)
+    classifier = DiffusionClassifier(backbone, backbone.class_names, strategy=Uniform(tour.evaluations))
     # The temperature belongs to other images than the ones shown: without it the posterior is far too sure.
     train, test = _paths(images, "train"), _paths(images, "test")
     fitted = [train[row] for row in _spread(len(train), tour.fitted)]

@@ -53,7 +53,7 @@ class Verdict:
 
     image: Image.Image
     label: str
-    posterior: Sequence[tuple[str | int, float]]
+    posterior: Sequence[tuple[str | int | None, float]]
 
 
 def write_page(

@@ -1,0 +1,21 @@
+"""Arguments and options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Policy = Literal["crop", "squash", "pad"]
+Noise = Literal["image", "shared"]
+Precision = Literal["float32", "bfloat16", "float16"]
+HeadName = Literal["ridge", "logistic", "knn"]
+Metric = Literal["cosine", "ip", "l2"]
+Images = Annotated[Path, typer.Argument(help="a folder, an image, or a .csv or .parquet list with a path column")]
+Store = Annotated[Path, typer.Argument(help="a folder that repkit extract wrote")]
+Model = Annotated[str, typer.Option("--model", "-m", help="name of repkit models, folder, file, hub id, or timm:NAME")]
+Taps = Annotated[list[str] | None, typer.Option("--taps", "-t", help="BLOCKS@TIMES, e.g. 'mid,up.*@10,50'; repeatable")]
+Size = Annotated[int | None, typer.Option(min=1, help="side in pixels; default: the model's own")]
+Config = Annotated[list[str] | None, typer.Option(help="KEY=VALUE that the weights of a file do not tell; repeatable")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
+Seed = Annotated[int, typer.Option(help="seed of the noise")]
