@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import torch
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from scipy import integrate, stats
 
 from repkit.schedule import Schedule
@@ -55,8 +57,19 @@ def test_a_shifted_flow_is_weighed_by_uniform_time(weighting, shift):
 
 def test_the_densities_of_flow_times_integrate_to_one():
     levels = levels_at(Schedule.flow(3.0), strata(20_000), "shifted")
-    for weighting in ("train", "logit-normal", "cosmap"):
+    for weighting in ("train", "logit-normal", "mode", "cosmap"):
         assert weigh(weighting, levels).mean() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("weighting", "scheme"), [("mode", "mode"), ("logit-normal", "logit_normal")])
+def test_the_densities_are_those_that_training_draws_from(weighting, scheme):
+    generator = torch.Generator().manual_seed(0)
+    drawn = compute_density_for_timestep_sampling(
+        scheme, 400_000, logit_mean=0.0, logit_std=1.0, mode_scale=1.29, generator=generator
+    )
+    counts, _ = np.histogram(drawn, bins=20, range=(0, 1), density=True)
+    levels = levels_at(Schedule.flow(), strata(2000))
+    np.testing.assert_allclose(weigh(weighting, levels).reshape(20, 100).mean(1), counts, atol=0.03)
 
 
 def test_min_snr_is_that_of_the_paper():
@@ -112,7 +125,7 @@ def test_sigma_sqrt_divides_by_sigma_squared():
 def test_weights_are_positive_where_they_are_defined(weighting):
     for prediction in PREDICTIONS:
         levels = levels_at(gaussian_schedule(prediction), strata(64))
-        wanted = {"lognormal": "edm"} | dict.fromkeys(["logit-normal", "cosmap", "sigma-sqrt"], "flow")
+        wanted = {"lognormal": "edm"} | dict.fromkeys(["logit-normal", "mode", "cosmap", "sigma-sqrt"], "flow")
         if wanted.get(weighting, levels.kind) == levels.kind:
             weights = weigh(weighting, levels)
             assert np.isfinite(weights).all() and (weights > 0).all()

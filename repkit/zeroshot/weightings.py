@@ -16,6 +16,7 @@ Vector = Float64[np.ndarray, "n"]
 EDM_MEAN, EDM_SPREAD = -1.2, 1.2  # of log sigma in training, Karras et al. 2022
 MIN_SNR_GAMMA = 5.0
 SIGMOID_BIAS = 2.0
+MODE_SCALE = 1.29  # the scale that diffusers' training scripts take
 
 
 def train(levels: Levels) -> Vector:
@@ -53,6 +54,14 @@ def logit_normal(levels: Levels) -> Vector:
     return levels.density * np.exp(-0.5 * logit**2) / (s * (1 - s)) / np.sqrt(2 * np.pi)
 
 
+def mode(levels: Levels) -> Vector:
+    """Flow times drawn with heavy tails, as t = 1 - u - 1.29 (cos^2(pi u / 2) - 1 + u) of a uniform u (Esser et al.)."""
+    s, u = _flow_time(levels, "mode"), np.linspace(0, 1, 100_001)
+    drawn = 1 - u - MODE_SCALE * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
+    slope = 1 + MODE_SCALE - MODE_SCALE * np.pi / 2 * np.sin(np.pi * u)  # of -t in u, above 0
+    return levels.density / np.interp(s, drawn[::-1], slope[::-1])
+
+
 def cosmap(levels: Levels) -> Vector:
     """Flow times drawn so that log-SNR is spread as on the cosine schedule (Esser et al. 2024)."""
     s = _flow_time(levels, "cosmap")
@@ -71,10 +80,11 @@ WEIGHTINGS: Mapping[str, Callable[[Levels], Vector]] = {
     "sigmoid": sigmoid,
     "lognormal": lognormal,
     "logit-normal": logit_normal,
+    "mode": mode,
     "cosmap": cosmap,
     "sigma-sqrt": sigma_sqrt,
 }
-OF_ANY_LOSS = ("train", "lognormal", "logit-normal", "cosmap", "sigma-sqrt")  # the others convert squared errors
+OF_ANY_LOSS = ("train", "lognormal", "logit-normal", "mode", "cosmap", "sigma-sqrt")  # the others convert squared errors
 
 
 def weigh(weighting: str, levels: Levels, loss: str = "l2") -> Vector:
