@@ -141,7 +141,7 @@ def _tensors(images: np.ndarray, size: int) -> Tensors:
 def _results(models: Mapping[str, Mapping[str, Any]]) -> str:
     rows = "\n".join(
         f"| {name} | {_cell(one['probe, trained'])} | {_cell(one['probe, untrained (best of 3 seeds)'])} "
-        f"| {_cell(one['probe, raw pixels'])} | {one['points over untrained']:+.2f} "
+        f"| {_cell(one['probe, raw pixels'])} | {one['points over untrained']:+.2f}, {_over_mean(one):+.2f} "
         f"| {one['points over raw pixels']:+.2f} | {_cell(one['zero-shot'])} |"
         for name, one in models.items()
     )
@@ -152,10 +152,16 @@ the 95 % interval of the test images. The models are class-conditional, and were
 withheld (`label_dropout` in their recipes). The probes' features are taken with the null class; zero-shot is with
 weighting `train` and 16 evaluations a class.
 
-| model | probe | untrained, best of {CONTROLS} seeds | raw pixels | over untrained | over pixels | zero-shot |
+| model | probe | best of {CONTROLS} untrained | raw pixels | over untrained: best, mean | over pixels | zero-shot |
 |---|---|---|---|---|---|---|
 {rows}
 """
+
+
+def _over_mean(one: Mapping[str, Any]) -> float:
+    """Points over the mean of the untrained copies."""
+    untrained = one["probe, untrained (all seeds)"]
+    return float(one["probe, trained"]["accuracy"] - sum(untrained) / len(untrained))
 
 
 def _cell(one: Mapping[str, Any]) -> str:

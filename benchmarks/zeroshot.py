@@ -135,7 +135,7 @@ def judge(
     plain = replace(rule, temperature=1.0, calibrated=False).posterior(table)
     raced = replay(table, Racing(DELTA, BUDGET), rule.weights)
     answers = rule.posterior(raced)
-    differ = np.array(answers.log_posterior.argmax(1) != full.log_posterior.argmax(1))
+    differ = (answers.log_posterior.argmax(1) != full.log_posterior.argmax(1)).numpy()
     return {
         "table": learned,
         "raced": raced,

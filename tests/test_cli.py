@@ -402,6 +402,7 @@ def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
         ("probe {store} --json", {"key", "test_accuracy", "confusion", "picture"}),
         ("index {store} -o {out} --key mid@50 --json", {"vectors", "dimension", "key", "out"}),
         ("search {index} {query} --json", {"image", "hits"}),
+        ("classify {query} -m mini-dit --evaluations 2 --json", {"images", "weighting", "calibrated"}),
         ("evaluate captions {asked} -m mini-unet -o {out} --evaluations 1 --json", {"benchmark", "scores", "out"}),
     ],
 )
@@ -418,7 +419,7 @@ def test_json_is_one_object_and_all_of_stdout(arguments, keys, repkit, clothes, 
 
 def test_every_command_that_has_json_was_tried():
     assert {path.stem for path in HELP.glob("*.txt") if "--json" in path.read_text()} == {
-        "models", "blocks", "extract", "probe", "index", "search", "evaluate"
+        "models", "blocks", "extract", "probe", "index", "search", "evaluate", "classify"
     }  # fmt: skip
 
 

@@ -43,16 +43,18 @@ def test_the_command_lines_run_in_their_order(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [shlex.split(line, comments=True) for line in block("bash", "On the command line").splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 8
+    outputs = {}
     for line in lines:
-        capsys.readouterr()
         monkeypatch.setattr(sys, "argv", line)
         with pytest.raises(SystemExit) as ended:
             main()
         assert not ended.value.code, line
+        outputs[line[1]] = capsys.readouterr().out.splitlines()
     assert (folder / "features.png").is_file() and (folder / "features-confusion.png").is_file()
     # The image that was asked for is in the index, so it is its own nearest neighbour.
-    assert capsys.readouterr().out.splitlines()[0].split()[1] == "bag/a.png"
+    assert outputs["search"][0].split()[1] == "bag/a.png"
+    assert len(outputs["classify"]) == 1 and outputs["classify"][0].startswith("a.png")
 
 
 def test_both_commands_of_the_readme_are_goals_of_the_makefile() -> None:

@@ -55,7 +55,7 @@ def logit_normal(levels: Levels) -> Vector:
 
 
 def mode(levels: Levels) -> Vector:
-    """Flow times drawn with heavy tails, as t = 1 - u - 1.29 (cos^2(pi u / 2) - 1 + u) of a uniform u (Esser et al.)."""
+    """Flow times drawn as t = 1 - u - 1.29 (cos^2(pi u / 2) - 1 + u) of a uniform u (Esser et al. 2024)."""
     s, u = _flow_time(levels, "mode"), np.linspace(0, 1, 100_001)
     drawn = 1 - u - MODE_SCALE * (np.cos(np.pi * u / 2) ** 2 - 1 + u)
     slope = 1 + MODE_SCALE - MODE_SCALE * np.pi / 2 * np.sin(np.pi * u)  # of -t in u, above 0
@@ -84,7 +84,8 @@ WEIGHTINGS: Mapping[str, Callable[[Levels], Vector]] = {
     "cosmap": cosmap,
     "sigma-sqrt": sigma_sqrt,
 }
-OF_ANY_LOSS = ("train", "lognormal", "logit-normal", "mode", "cosmap", "sigma-sqrt")  # the others convert squared errors
+# The others convert squared errors.
+OF_ANY_LOSS = ("train", "lognormal", "logit-normal", "mode", "cosmap", "sigma-sqrt")
 
 
 def weigh(weighting: str, levels: Levels, loss: str = "l2") -> Vector:
