@@ -69,9 +69,9 @@ def main() -> None:
         raced = tables(name, images, range(options.full, options.test), options.tables / name, report["table"])
         report |= classified(join([report.pop("raced"), raced]), report["table"], report.pop("biased"), labels)
         curves[name] = found
-        report.pop("table").save(options.models_folder / name / "zeroshot.json")
+        _as_loaded(report.pop("table"), name).save(options.models_folder / name / "zeroshot.json")
         rows.append(Report(name, probe=_probe_accuracy(options.models_folder / name), **report))
-    supervised = cnn_accuracy(options.training, images[: options.test], labels[: options.test])
+    supervised = cnn_accuracy(options.training, images[: options.test], labels[: options.test], options.tables)
     write_picture(curves, options.page.parent / "zeroshot.png")
     write_page(options.page, rows, curves, supervised, options.full, options.test)
 
@@ -81,7 +81,7 @@ def tables(
 ) -> ErrorTable:
     """The errors of some of the images, CHUNK a file; files that are there are read. With weights: by racing."""
     if weights is not None:
-        folder = folder / f"racing-{sha256(repr(weights).encode()).hexdigest()[:8]}"
+        folder = folder / f"racing-{sha256(repr(weights.weights).encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     classifier = None
     parts = []
@@ -107,6 +107,11 @@ def _classifier(name: str, weights: WeightTable | None) -> DiffusionClassifier:
     return DiffusionClassifier(
         backbone, backbone.class_names, strategy=strategy, weighting=weights or "train", batch_size=160
     )
+
+
+def _as_loaded(weights: WeightTable, name: str) -> WeightTable:
+    """With the hash of the model as it is loaded by default, in float32, so that another one is told apart."""
+    return replace(weights, weights_hash=load(name).weights_hash, dtype="float32")
 
 
 def _tensors(images: UInt8[np.ndarray, "b 28 28"], resize: Resize) -> torch.Tensor:
@@ -136,6 +141,7 @@ def judge(
     raced = replay(table, Racing(DELTA, BUDGET), rule.weights)
     answers = rule.posterior(raced)
     differ = (answers.log_posterior.argmax(1) != full.log_posterior.argmax(1)).numpy()
+    learned = replace(learned, made_from=f"{learned.made_from}; test images from row {HELD_OUT:,} on")
     return {
         "table": learned,
         "raced": raced,
@@ -199,13 +205,19 @@ def _accuracy(posterior: Posterior, labels: Labels) -> float:
     return accuracy(labels, posterior.log_posterior.argmax(1).numpy())
 
 
-def cnn_accuracy(training: Path, images: UInt8[np.ndarray, "n 28 28"], labels: Labels) -> dict[str, float]:
-    """Accuracy of the plain CNN on the same images, and what it was trained on and how large it is."""
-    network = train(*fashion_mnist.load_full(training, "train"))
-    return {
-        "accuracy": accuracy(labels, predict(network, images)),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-    }
+def cnn_accuracy(
+    training: Path, images: UInt8[np.ndarray, "n 28 28"], labels: Labels, folder: Path
+) -> dict[str, float]:
+    """Accuracy of the plain CNN on the same images, and its size; kept in the folder."""
+    kept = folder / f"plain-cnn-{len(images)}.json"
+    if not kept.exists():
+        network = train(*fashion_mnist.load_full(training, "train"))
+        found = {
+            "accuracy": accuracy(labels, predict(network, images)),
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        }
+        kept.write_text(json.dumps(found) + "\n")
+    return json.loads(kept.read_text())
 
 
 def _probe_accuracy(folder: Path) -> float:

@@ -51,6 +51,9 @@ def write_picture(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
             color, mark = _COLORS[line.weighting], _MARKS[line.strategy]
             axes.plot(x, shown, mark, color=color, label=f"{line.strategy}, {line.weighting}", markersize=7)
         axes.set(title=name, xlabel="evaluations an image", xscale="log")
+        ticks = [40, 80, 160, 320, 640]
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on test images, %")
     panels[-1].legend(fontsize=7, loc="lower right")

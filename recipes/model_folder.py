@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from repkit.datasets.fashion_mnist import CLASSES
 from repkit.recipes.mini_models import build_network, mini_model, predict
 from repkit.schedule import Schedule
+from repkit.zeroshot.weighttable import WeightTable
 from repkit.zoo import EVIDENCE_WEIGHTS
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -161,6 +162,7 @@ def _card(folder: Path, network: nn.Module, options: Mapping[str, Any], step: in
         recipe=yaml.safe_dump(_recipe(options), sort_keys=False).strip(),
         origin=_text(folder / "origin.md"),
         figures=_figures(folder / "figures.json"),
+        zeroshot=_zeroshot(folder / EVIDENCE_WEIGHTS),
     )
 
 
@@ -179,6 +181,16 @@ def _figures(path: Path) -> str:
     measured = json.loads(path.read_text(encoding="utf-8"))
     rows = [f"| {name} | {_cell(value)} |" for name, value in measured.items()]
     return "\n".join(["| figure | measured |", "|---|---|", *rows])
+
+
+def _zeroshot(path: Path) -> str:
+    if not path.is_file():
+        return "No weights of the zero-shot classifier have been fitted to this model."
+    table = WeightTable.load(path)
+    return (
+        f"`{path.name}` holds {table.name} weights and a temperature for the zero-shot classifier, which takes them by "
+        f"default. They were fitted by `python benchmarks/zeroshot.py` to {table.made_from}."
+    )
 
 
 def _cell(value: Any) -> str:
@@ -231,6 +243,8 @@ labels.
 ## Measured figures
 
 {figures}
+
+{zeroshot}
 """
 
 
