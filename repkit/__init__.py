@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from repkit.exporting import export as export
     from repkit.extractors import DiffusionExtractor as DiffusionExtractor
     from repkit.features import Features as Features
+    from repkit.fusion import Fused as Fused
+    from repkit.fusion import Part as Part
     from repkit.images import Resize as Resize
     from repkit.pooling import pool as pool
     from repkit.retrieval import Index as Index
@@ -37,7 +39,9 @@ _MODULE_OF = {
     "DinoExtractor": "dino",
     "FeatureStore": "store",
     "Features": "features",
+    "Fused": "fusion",
     "Index": "retrieval",
+    "Part": "fusion",
     "Posterior": "zeroshot.posterior",
     "Resize": "images",
     "Schedule": "schedule",
