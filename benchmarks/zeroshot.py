@@ -169,7 +169,7 @@ def classified(table: ErrorTable, weights: WeightTable, biased: Rule, labels: La
 
 
 def _rule(table: ErrorTable, weighting: str | WeightTable) -> Rule:
-    return make_rule(table.levels, len(table.classes), table.info, weighting=weighting)
+    return make_rule(table.levels, table.classes, table.info, weighting=weighting)
 
 
 def _uniform(table: ErrorTable, labels: Labels, rule: Rule, weighting: str) -> Curve:

@@ -19,7 +19,8 @@ class Example:
     """Images and captions of which each pair is judged.
 
     right: for each image the place of its caption, None for an image that only distracts; a caption is right for at
-    most one image. tags: the groups in which the example counts. Raises ValueError where there is nothing to choose.
+    most one image. tags: the groups in which the example counts. Raises ValueError where there is nothing to choose,
+    and for captions of which two are the same, so that none of them could win.
     """
 
     id: str
@@ -39,6 +40,8 @@ class Example:
                 f"example {self.id} has {counts} and right={list(self.right)}; give each image the place of its own "
                 f"caption, 0 ... {len(self.captions) - 1}, or None, and one at least a caption"
             )
+        if repeated := [text for text, count in Counter(self.captions).items() if count > 1]:
+            raise ValueError(f"example {self.id} has the caption {repeated[0]!r} more than once; give each once")
 
 
 def read_captions(source: str | Path) -> list[Example]:
@@ -52,10 +55,12 @@ def read_captions(source: str | Path) -> list[Example]:
     """
     path = Path(source)
     rows = _read_rows(path)
-    if not rows or "image" not in rows[0]:
-        have = ", ".join(rows[0]) if rows else "no rows"
-        raise ValueError(f"{path} has {have}; it needs a column image, with caption_0, caption_1, ... or pair, caption")
-    return checked(_pairs(rows, path) if "pair" in rows[0] else _choices(rows, path), path)
+    columns = [name for name in rows[0] if name] if rows else []  # a .csv row's surplus cells go by no name
+    captions = ["caption"] if "pair" in columns else [name for name in columns if _is_caption(name)]
+    if "image" not in columns or not set(captions) & set(columns):
+        have = f"the columns {', '.join(columns)}" if columns else "no rows"
+        raise ValueError(f"{path} has {have}; it needs image with caption_0, caption_1, ... or with pair and caption")
+    return checked(_pairs(rows, path) if "pair" in columns else _choices(rows, path), path)
 
 
 def checked(examples: Sequence[Example], source: Path) -> list[Example]:
@@ -123,8 +128,8 @@ def _pairs(rows: Sequence[Row], path: Path) -> list[Example]:
     """A row an image: those of one pair in the order in which they come."""
     groups: dict[str, list[Row]] = {}
     for number, row in enumerate(rows):
-        if row["pair"] is None or row["pair"] == "" or "caption" not in row:
-            raise ValueError(f"{path}, row {number + 1} has no pair or no column caption; each image needs both")
+        if row["pair"] is None or row["pair"] == "":
+            raise ValueError(f"{path}, row {number + 1} has no pair; each image needs one")
         groups.setdefault(str(row["pair"]), []).append(row)
     examples = []
     for name, members in groups.items():
@@ -139,10 +144,14 @@ def _pairs(rows: Sequence[Row], path: Path) -> list[Example]:
     return examples
 
 
+def _is_caption(column: str) -> bool:
+    return column == "captions" or (column.startswith("caption_") and column[8:].isdecimal())
+
+
 def _captions(row: Row) -> tuple[str, ...]:
     if row.get("captions") is not None:
         return tuple(map(str, row["captions"]))
-    names = [name for name in row if name and name.startswith("caption_") and name[8:].isdigit()]
+    names = [name for name in row if name and name != "captions" and _is_caption(name)]
     cells = [row[name] for name in sorted(names, key=lambda name: int(name[8:]))]
     filled = [cell is not None and cell != "" for cell in cells]
     if filled != sorted(filled, reverse=True):

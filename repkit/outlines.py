@@ -48,7 +48,12 @@ def outline_file(path: Path, vae: Path | None, config: Mapping[str, Any] | None)
         made = made or _usual_vae(weights, path.stem)
         config = {"time": _any_time(weights, path.stem), **(config or {})}
     module = import_module(f"repkit.backbones.{family}")
-    return module.from_weights(weights, name=path.stem, config=config, vae=made)
+    backbone: Backbone = module.from_weights(weights, name=path.stem, config=config, vae=made)
+    if vae is None and made is not None:
+        logger.warning(
+            "%s does not tell its autoencoder; sizes and strides are as with that of Stable Diffusion", path.stem
+        )
+    return backbone
 
 
 def _blank_vae(folder: Path) -> Any:
@@ -66,7 +71,6 @@ def _usual_vae(weights: Mapping[str, Tensor], name: str) -> Any:
             f"{name} works on latents of {channels} channels, and no weight tells how many pixels each is; give vae=, "
             "the folder or hub id of their autoencoder, or load it with extractor= and see its `blocks`"
         )
-    logger.warning("%s does not tell its autoencoder; sizes and strides are as with that of Stable Diffusion", name)
     return blank_network(usual)
 
 

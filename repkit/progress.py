@@ -12,12 +12,16 @@ _SECONDS_A_LINE = 10
 
 
 class Progress:
-    """Reports work in a `with` block; call it with (done, total), and where there are any, failures and words."""
+    """Reports work in a `with` block; call it with (done, total), and where there are any, failures and words.
+
+    The clock starts at the first call, which is to come before the work: with 0, or with what an earlier run has done,
+    which does not count for the rate.
+    """
 
     def __init__(self, what: str, unit: str = "images") -> None:
         self.what, self.unit = what, unit
         self.told = monotonic()
-        self.first: tuple[int, float] | None = None  # what was done at the first call may be an earlier run's work
+        self.first: tuple[int, float] | None = None
         console = Console(stderr=True)
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
         self.bar = Bar(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)

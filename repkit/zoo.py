@@ -76,7 +76,8 @@ def load(
     alone, config: what their weights do not tell, and extractor: what makes their latents. channels_last: the memory
     format of convolutions, which is faster on some devices and moves the last bits.
 
-    Raises ValueError for a model of a family that repkit does not know, OSError where there is nothing to load.
+    Raises ValueError for a model of a family that repkit does not know and for options that the model has no use for,
+    OSError where there is nothing to load.
     """
     if latent not in ("mode", "sample"):
         raise ValueError(f"no latent {latent!r}; have mode, sample")
@@ -105,6 +106,8 @@ def load(
         read = {"device": device, "dtype": dtype, "vae_dtype": vae_dtype, "latent": latent, "prompt_cache": cache}
         backbone = _from_folder(folder, model, read, swapped, vae_at, offline)
         backbone.provenance = {"model": _named(model, folder), "revision": revision}
+    if vae_dtype is not None and "vae" not in backbone.networks:
+        raise ValueError(f"vae_dtype= given with {backbone.name}, which has no autoencoder; leave it out")
     merged = merge_loras(backbone.model, lora)
     if merged:
         backbone.evidence_weights = None  # they were fitted to the errors of the model as it was

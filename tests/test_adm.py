@@ -285,10 +285,19 @@ def test_another_number_of_steps_ends_at_the_same_noise():
     [
         ("mine", None, "weights of mine do not tell how its network was run, and it is none of 64x64_diffusion"),
         ("ffhq", None, "weights of ffhq do not tell"),  # the published file is another network
-        ("mine", {"image_size": 16}, "pass config="),
-        ("mine", RUN | {"num_heads": 2}, "pass config="),
-        ("mine", RUN | {"model_channels": 32}, "config has model_channels; give image_size.*tell the rest of mine"),
-        ("mine", RUN | {"noise_schedule": "warped"}, "no noise_schedule 'warped'; have linear, cosine"),
+        ("mine", {"image_size": 16}, "use_new_attention_order=false .* --config KEY=VALUE"),
+        ("mine", RUN | {"num_heads": 2}, "num_head_channels=64 .or num_heads=4."),
+        ("mine", RUN | {"model_channels": 32}, "no config model_channels for mine; have image_size.*tell the rest"),
+        ("mine", RUN | {"noise_schedule": "warped"}, "noise_schedule=warped .*takes one of linear, cosine"),
+        (
+            "mine",
+            RUN | {"use_new_attention_order": "maybe"},
+            "order=maybe .*use_new_attention_order takes true or false",
+        ),
+        ("mine", RUN | {"use_new_attention_order": 1}, "order=1 .* takes true or false"),
+        ("mine", RUN | {"image_size": "banana"}, "image_size=banana given for mine; image_size takes a whole number"),
+        ("mine", RUN | {"num_heads": True, "num_head_channels": None}, "num_heads=true .*takes a whole number"),
+        ("mine", RUN | {"diffusion_steps": 0}, "diffusion_steps=0 .*takes a whole number of at least 1"),
         ("mine", RUN | {"num_head_channels": 24}, "64 channels in 2 heads .*num_head_channels=24.*divided"),
     ],
 )

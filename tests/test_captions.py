@@ -61,7 +61,12 @@ def test_an_example_must_have_a_choice_and_an_answer(images, captions, right):
 
 @pytest.mark.parametrize(("images", "captions", "right"), [(1, 2, (1,)), (2, 2, (1, 0)), (3, 1, (None, 0, None))])
 def test_an_example_can_ask_either_way(images, captions, right):
-    assert Example("x", (b"",) * images, ("a",) * captions, right).right == right
+    assert Example("x", (b"",) * images, ("a", "b")[:captions], right).right == right
+
+
+def test_captions_that_are_the_same_cannot_be_told_apart():
+    with pytest.raises(ValueError, match="example x has the caption 'a' more than once; give each once"):
+        Example("x", (b"",), ("a", "b", "a"), (1,))
 
 
 # --- lists
@@ -114,15 +119,22 @@ def test_parquet_holds_captions_in_a_list_and_images_as_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "no rows; it needs a column image"),
-        ([{"path": "a.png", "caption_0": "a"}], "has path, caption_0; it needs a column image"),
+        ([], "no rows; it needs image"),
+        ([{"path": "a.png", "caption_0": "a"}], "has the columns path, caption_0; it needs image"),
+        ([{"image": "a.png", "right": 0}], "has the columns image, right; it needs image with caption_0, caption_1"),
+        ([{"image": "a.png", "pair": 1, "caption_0": "a"}], "image, pair, caption_0; it needs .* pair and caption"),
+        (
+            [{"image": "a.png", "caption_0": "a", "caption_1": "a"}],
+            "row 1: example 0 has the caption 'a' more than once",
+        ),
+        ([{"image": "a.png", "pair": "p", "caption": "a"}] * 2, "pair p: example p has the caption 'a' more than once"),
         ([{"image": "", "caption_0": "a", "caption_1": "b"}], "row 1: no image in ''"),
         ([{"image": "a.png", "caption_0": "a", "caption_1": ""}], "row 1: example 0 has 1 images, 1 captions"),
         ([{"image": "a.png", "caption_0": "", "caption_1": "b"}], "row 1: a caption is missing before the last"),
         ([{"image": "a.png", "caption_0": "a", "caption_1": "b", "right": "b"}], "row 1: invalid literal"),
         ([{"image": "a.png", "caption_0": "a", "caption_1": "b", "right": 2}], "row 1: .*right=.2."),
         ([{"image": "a.png", "caption_0": "a", "caption_1": "b", "id": 1}] * 2, "1 ids occur more than once.*: 1"),
-        ([{"image": "a.png", "pair": ""}], "row 1 has no pair"),
+        ([{"image": "a.png", "pair": "", "caption": "a"}], "row 1 has no pair"),
         ([{"image": "a.png", "pair": "p", "caption": "a"}], "pair p: example p has 1 images"),
     ],
 )
@@ -130,6 +142,13 @@ def test_a_bad_list_names_its_row(tmp_path, rows, message):
     write_picture(tmp_path / "a.png")
     with pytest.raises(ValueError, match=message):
         read_captions(write_csv(tmp_path / "list.csv", rows))
+
+
+def test_examples_may_share_captions_and_images(tmp_path):
+    write_picture(tmp_path / "a.png")
+    rows = [{"image": "a.png", "caption_0": "a", "caption_1": "b"}] * 2
+    first, second = read_captions(write_csv(tmp_path / "list.csv", rows))
+    assert (first.id, second.id) == ("0", "1") and first.captions == second.captions
 
 
 def test_lists_that_cannot_be_read_are_told(tmp_path):

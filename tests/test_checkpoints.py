@@ -140,5 +140,5 @@ def test_weights_that_are_missing_are_an_os_error(tmp_path, weights):
 
 def test_what_weights_do_not_tell_is_asked_for(tmp_path, weights):
     torch.save(weights, tmp_path / "256x256_diffusion_uncond.pt")  # the name of a network of other widths
-    with pytest.raises(ValueError, match="weights of 256x256_diffusion_uncond do not tell .* pass config="):
+    with pytest.raises(ValueError, match="weights of 256x256_diffusion_uncond do not tell .* in config="):
         load_checkpoint(tmp_path / "256x256_diffusion_uncond.pt")

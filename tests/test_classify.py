@@ -14,7 +14,7 @@ import torch
 from repkit import cli, shards, zoo
 from repkit.datasets.fashion_mnist import CLASSES, write_folder
 from repkit.listing import list_images
-from repkit.tasks.classify import classify_images, fit_weights
+from repkit.tasks.classify import classify_images, fit_weights, replay_errors
 from repkit.tasks.classnames import read_classes, read_prior
 from repkit.tasks.measuring import Kept, measure_images, part_size
 from repkit.zeroshot.classifier import DiffusionClassifier
@@ -136,6 +136,39 @@ def test_replay_fits_too(fitted, repkit, tmp_path):
     assert (tmp_path / "w.json").read_bytes() == (fitted / "w.json").read_bytes()
 
 
+def test_replays_do_not_overwrite_other_results(fitted, repkit, tmp_path):
+    out, again = (
+        tmp_path / "out.parquet",
+        ["classify", "--replay", fitted / "e.parquet", "-o", tmp_path / "out.parquet"],
+    )
+    assert repkit(*again)[:2] == (0, f"{out}\n")
+    before = hashes(tmp_path)
+    assert repkit(*again)[0] == 0
+    check_refused(repkit(*again, "--temperature", "9"), "out.parquet was made with other settings", "temperature: 9")
+    check_refused(repkit(*again[:-1], fitted / "e.parquet"), "--replay", "is also the file of --out")
+    check_refused(repkit("classify", "--replay", out), "is no table of errors")
+    assert hashes(tmp_path) == before
+    table = ErrorTable.read(fitted / "e.parquet")
+    table.errors[0] += 1
+    with pytest.raises(ValueError, match="replay of: "):
+        replay_errors(table, Racing(0.01, 2), out=out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--evaluations", "0"], ["0 evaluations"]),
+        (["--temperature", "0"], ["temperature=0"]),
+        (["--seed", "3", "--device", "cuda"], ["--seed, --device have no use with --replay; leave them out"]),
+        (["--lora", "x"], ["--lora has no use"]),
+        (["--part-size", "3", "--precision", "bfloat16", "--offline"], ["--part-size, --precision, --offline have"]),
+        (["--fit", "w.json", "--strategy", "uniform"], ["--strategy has no use with --fit"]),
+    ],
+)
+def test_replays_refuse_what_only_live_runs_take(options, words, fitted, repkit):
+    check_refused(repkit("classify", "--replay", fitted / "e.parquet", *options), *words)
+
+
 def test_mini_dit_prints_a_line_an_image(clothes, repkit):
     code, printed, err = repkit(
         "classify", clothes / "test" / "trouser", "-m", "mini-dit", "--classes", "trouser,bag", "--evaluations", "8"
@@ -252,6 +285,8 @@ def test_other_settings_are_refused_by_name(flat, tmp_path):
         (animals(Uniform(5)), "strategy.evaluations: 5 here, 4 there"),
         (animals(prior=[2, 1, 1]), "prior"),
         (animals(temperature=3.0), "temperature: 3.0 here, 1.0 there"),
+        (animals(bias=[1.0, 0.0, 0.0]), "bias"),
+        (animals(antithetic=True), "antithetic: True here, False there"),
         (animals(weighting="elbo"), "weighting: elbo here, train there"),
         (DiffusionClassifier(tiny_unet(classes=ANIMALS, weights_seed=1), ANIMALS, strategy=Uniform(4)), "weights_hash"),
     ]:
@@ -262,6 +297,54 @@ def test_other_settings_are_refused_by_name(flat, tmp_path):
     with pytest.raises(ValueError, match="its errors were not kept"):
         classify_images(animals(), listing, out=out, errors=tmp_path / "errors.parquet")
     assert hashes(tmp_path) == before
+
+
+def test_finished_results_are_not_given_with_errors_of_another_run(flat, tmp_path):
+    listing = list_images(flat)
+    files = [{"out": tmp_path / f"{n}.parquet", "errors": tmp_path / f"{n}-errors.parquet"} for n in range(2)]
+    for seed in range(2):
+        classify_images(animals(seed=seed), listing, **files[seed])
+    assert classify_images(animals(), listing, **files[0]).rows.num_rows == 5
+    with pytest.raises(ValueError, match="1-errors.parquet is there and holds something else"):
+        classify_images(animals(), listing, out=files[0]["out"], errors=files[1]["errors"])
+    with pytest.raises(ValueError, match="--errors .* is also the file of --out"):
+        classify_images(animals(), listing, out=tmp_path / "x.parquet", errors=tmp_path / "x.parquet")
+
+
+def test_a_shortlist_has_to_say_what_it_is(flat, tmp_path):
+    def listed(images):
+        return np.zeros((len(images), 1), dtype=int)
+
+    listing, out = list_images(flat).slice(0, 1), tmp_path / "out.parquet"
+    with pytest.raises(ValueError, match="set its attribute `identity`"):
+        classify_images(animals(shortlist=listed), listing, out=out)
+    listed.identity = "always the first"  # type: ignore[attr-defined]
+    classify_images(animals(shortlist=listed), listing, out=out)
+    with pytest.raises(ValueError, match="shortlist: nothing here, always the first there"):
+        classify_images(animals(), listing, out=out)
+
+
+def test_progress_begins_before_the_work_with_what_an_earlier_run_did(flat, tmp_path, monkeypatch):
+    listing, told = list_images(flat), []
+
+    def stop(found):
+        if found.rows["id"].to_pylist() == ["004.png", "005.png"]:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_flat(flat, tmp_path, tell=stop)
+    measure = DiffusionClassifier.measure
+
+    def measured(*arguments, **options):
+        told.append("measure")
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(DiffusionClassifier, "measure", measured)
+    run_flat(flat, tmp_path, progress=lambda done, total, *_: told.append((done, total)))
+    assert (told[:2], told[-1]) == ([(6, 7), "measure"], (7, 7))
+    told.clear()
+    classify_images(animals(), listing, progress=lambda done, *_: told.append(done))
+    assert told[0] == 0 and told[1] == "measure" and told[-1] == 7
 
 
 def test_unfinished_work_of_other_settings_is_refused_and_kept(flat, tmp_path):
@@ -326,7 +409,7 @@ def text_model(painter):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.csv"
-    rows = ["a red dog,dog,1", "a photo of a cat,cat,0", '"a dog, running",dog,1']
+    rows = ["a red dog, dog ,1", "a photo of a cat,cat,0", ' "a dog, running",dog, 1']
     path.write_text("\n".join(["prompt,classname,classidx", *rows]) + "\n")
     return path
 
@@ -409,8 +492,12 @@ def test_bad_class_files(content, words, painter, flat, tmp_path, repkit):
         (["prompt,name", "a,b"], ["no column classidx, classname"]),
         (["prompt,classname,classidx"], ["is empty below its header"]),
         (["prompt,classname,classidx", "a,b,x", "c,d,1"], ["classidx 'x'", "give a number"]),
-        (["prompt,classname,classidx", "a,b,0", "a,d,1"], ["'a' is twice", "row 1 and row 2"]),
-        (["prompt,classname,classidx", "a,b,0", "c,d,0"], ["one name a number"]),
+        (["prompt,classname,classidx", "a,b,0", "a,d,1"], ["'a' is twice", "line 2 and line 3"]),
+        (["prompt,classname,classidx", "a,b,0", "c,d,0"], ["line 3: classidx 0 is 'd' here and 'b' before"]),
+        (["prompt,classname,classidx", "a,b,0", "c,b,1"], ["line 3: 'b' has classidx 1 here and 0 before"]),
+        (["prompt,classname,classidx", "a,b,0", "", "c, ,1"], ["line 4: no classname"]),
+        (["prompt,classname,classidx", "a,b,0", "c,d"], ["line 3: 2 values for 3 columns"]),
+        (["prompt,classname,classidx", "a dog, running,dog,0"], ["line 2: 4 values", "quote what has a comma"]),
         (["prompt,classname,classidx", "a,b,0"], ["only 'b'"]),
     ],
 )
@@ -430,6 +517,7 @@ def test_bad_prompt_files(rows, words, tmp_path, text_model):
         (["--classes", "cat,,dog"], ["nothing in place 2"]),
         (["--classes", "missing.txt"], ["missing.txt", "no such file"]),
         (["--classes", "cat,dog", "--template", "a photo"], ["has no {}"]),
+        (["--classes", "cat,dog", "--template", "a {}", "--template", "a {}"], ["template 'a {}' is given twice"]),
         (["--classes", "cat,dog", "--prior", "1,2,3"], ["for 2 classes"]),
         (["--classes", "cat,dog", "--weighting", "magic"], ["no weighting 'magic'"]),
         (["--classes", "cat,dog", "--weighting", "missing.json"], ["missing.json"]),
@@ -454,9 +542,15 @@ def test_bad_options_for_a_model(options, words, painter, flat, repkit, tmp_path
         (["--strategy", "staged", "--keep", "1", "--samples", "4", "--evaluations", "4"], ["--evaluations is not for"]),
         (["--strategy", "uniform", "--delta", "0.1"], ["--delta is not for --strategy uniform"]),
         (["--prior", "1,much"], ["--prior 1,much", "positive number"]),
+        (["--prior", "1e308,1e308"], ["--prior 1e308,1e308", "finite sum"]),
+        (["--prior", "1,nan"], ["--prior 1,nan", "positive number"]),
+        (["--prior", "1,inf"], ["--prior 1,inf", "finite sum"]),
+        (["--fit", "w.json", "--strategy", "racing", "--delta", "0.1"], ["--strategy, --delta have no use with --fit"]),
+        (["--out", "a.parquet", "--errors", "./a.parquet"], ["--errors a.parquet is also the file of --out"]),
+        (["--out", "a.parquet", "--errors", "a.failures.parquet"], ["the failures of --out"]),
         (["--out", "results.csv"], ["--out results.csv", ".parquet"]),
         (["--fit", "w.json", "--out", "a.parquet"], ["--out has no use with --fit"]),
-        (["--replay", "e.parquet"], ["IMAGES has no use with --replay"]),
+        (["--replay", "e.parquet"], ["IMAGES, --model have no use with --replay"]),
     ],
 )
 def test_bad_options_for_any_model(options, words, flat, repkit):
@@ -466,13 +560,14 @@ def test_bad_options_for_any_model(options, words, flat, repkit):
 def test_nothing_to_classify_or_to_do_it_with(flat, repkit):
     check_refused(repkit("classify", flat), "needs IMAGES and -m MODEL")
     check_refused(repkit("classify", flat, "-m", "timm:resnet18"), "denoises nothing")
-    check_refused(repkit("classify", "--replay", "missing.parquet"), "missing.parquet")
+    check_refused(repkit("classify", "--replay", "missing.parquet"), "missing.parquet: no such file")
 
 
 def test_classes_that_the_model_does_not_have(flat, repkit):
     check_refused(repkit("classify", flat, "-m", "mini-unet", "--classes", "bag,cat"), "no class 'cat'")
     check_refused(repkit("classify", flat, "-m", "mini-unet", "--classes", "bag,11"), "no class 11")
     check_refused(repkit("classify", flat, "-m", "mini-unet", "--classes", "bag,8"), "'bag' and 8 are the same")
+    check_refused(repkit("classify", flat, "-m", "mini-unet", "--classes", "8,08"), "'8' and '08' are both class 8")
     check_refused(repkit("classify", flat, "-m", "mini-unet", "--template", "a {}"), "--template", "told a class")
 
 
@@ -481,7 +576,7 @@ def test_unreadable_images_have_exit_codes_of_their_own(tmp_path, painter, repki
     told = ["-m", painter, "--classes", "cat,dog", "--evaluations", "2"]
     code, printed, err = repkit("classify", tmp_path, *told, "-o", tmp_path / "out.parquet")
     assert (code, pq.read_table(tmp_path / "out.parquet").num_rows) == (4, 0)
-    assert "1 of 1 images failed" in err and "bad.png" in err
+    assert "1 of 1 images failed" in err and "bad.png" in err and "probabilities" not in err
     assert pq.read_table(tmp_path / "out.failures.parquet")["path"].to_pylist() == [str(tmp_path / "bad.png")]
     write_image(tmp_path / "good.png", 0)
     code, printed, err = repkit("classify", tmp_path, *told, "--json")

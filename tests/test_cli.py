@@ -530,6 +530,12 @@ def test_what_load_can_do_the_command_can(repkit, flat, sit_file, tmp_path):
     check_refused(refused, 2, "compile, trim given for timm:any")
     refused = repkit("extract", flat, "-m", sit_file / "mine.pt", "-o", tmp_path / "o", "--config", "heads")
     check_refused(refused, 2, "--config 'heads'", "KEY=VALUE")
+    refused = repkit("blocks", sit_file / "mine.pt", "--config", "heads=5")
+    check_refused(refused, 2, "heads=5 does not divide the width of mine, 12; give one of 1, 2")
+    refused = repkit("blocks", sit_file / "mine.pt", "--config", "heads=three")
+    check_refused(refused, 2, "config heads=three", "heads takes a whole number")
+    refused = repkit("extract", flat, "-m", "mini-unet", *TAPS, "-o", tmp_path / "o", "--vae-dtype", "bfloat16")
+    check_refused(refused, 2, "vae_dtype= given with mini-unet, which has no autoencoder")
 
 
 @pytest.mark.parametrize("columns", [True, False])

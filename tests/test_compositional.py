@@ -19,6 +19,7 @@ from repkit.noise import noise_like
 from repkit.tasks.caption_scores import SCORES, score_captions
 from repkit.tasks.compositional import evaluate_captions, report
 from repkit.tasks.judging import Judge, distinct_conditions
+from tests import tiny, tiny_sit
 from tests.oracles import class_means, gaussian_backbone, gaussian_images
 from tests.test_captions import write_picture, write_selfbench, write_winoground
 from tests.tiny_sd import sd_pipeline
@@ -352,10 +353,10 @@ def test_winoground_from_the_command_line(folder, tmp_path, capsys):
     code, printed, told = run(capsys, "winoground", *options)
     lines = printed.splitlines()
     assert code == 0 and "3 examples with 6 images" in told and "6/6" in told
-    assert lines[0].split() == [
-        "n",
-        *(w for s in ("text", "image", "group") for w in (s, *"95 % interval chance".split())),
-    ]
+    assert (
+        lines[0].split()
+        == "n text 95 % interval chance n image 95 % interval chance n group 95 % interval chance".split()
+    )
     assert [line[:16].strip() for line in lines[1:8]] == [
         "Object",
         "1 main predicate",
@@ -404,6 +405,27 @@ def test_selfbench_and_lists_from_the_command_line(folder, tmp_path, capsys, mon
     Path("list.csv").write_text("image,caption_0,caption_1\nb.png,a cat,a dog\n")
     code, _, told = run(capsys, "captions", "list.csv", "-m", folder, "--evaluations", 1, "-o", "none")
     assert code == 4 and "b.png" in told
+
+
+def test_each_score_has_its_own_n_and_options_of_load_are_passed_on(tmp_path, capsys):
+    torch.save(tiny_sit.sit_weights(), tmp_path / "mine.pt")
+    tiny.vae_model().save_pretrained(tmp_path / "vae")
+    for n in range(4):
+        write_picture(tmp_path / f"{n}.png", n)
+    (tmp_path / "list.csv").write_text("pair,image,caption\np,0.png,cat\np,1.png,dog\nq,2.png,cat\nq,3.png,\n")
+    told = ["captions", tmp_path / "list.csv", "-m", tmp_path / "mine.pt", "--evaluations", 1, "-o", tmp_path / "out"]
+    told += ["--vae", tmp_path / "vae", "--config", "heads=3", "--config", 'class_names=["cat", "dog"]']
+    code, printed, _ = run(capsys, *told, "--config", "time=sit")
+    # of each score: n, share, its interval ("a to b"), chance
+    row = next(line.split() for line in printed.splitlines() if line.startswith("all"))
+    starts = [place for place, word in enumerate(row) if "%" not in word and word not in ("all", "to")]
+    assert code == 0 and [row[place] for place in starts] == ["1", "2", "1"]
+    code, _, err = run(capsys, *told, "--config", "time=sit", "--config", "time=repa")
+    assert code == 2 and "--config time is given twice" in err.splitlines()[-1]
+    code, _, err = run(capsys, *told, "--config", "time=sit", "--lora", tmp_path / "none.safetensors:0.5")
+    assert code == 2 and "none.safetensors" in err.splitlines()[-1]
+    code, _, err = run(capsys, *told, "--config", "time=sit", "--denoiser", tmp_path / "mine.pt")
+    assert code == 2 and "denoiser= given with a file" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

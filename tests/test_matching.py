@@ -132,9 +132,7 @@ def test_a_shifted_and_a_turned_texture_are_found_where_they_went(generator):
         found = nearest(source, shifted, inner, metric=metric, exact=True)
         # A pixel is the finest answer there is, so half a pixel is the error that remains.
         assert (found.points - (inner - torch.tensor([8.0, 16.0]))).abs().max() <= 0.5 + 1e-4
-    turned = FeatureMap(
-        source.values.rot90(1, (1, 2)).contiguous(), (64, 64)
-    )  # (x, y) to (y, 63 - x)
+    turned = FeatureMap(source.values.rot90(1, (1, 2)).contiguous(), (64, 64))  # (x, y) to (y, 63 - x)
     found = nearest(source, turned, inner.round(), exact=True)
     assert torch.equal(found.points, torch.stack([inner.round()[:, 1], 63 - inner.round()[:, 0]], 1))
 

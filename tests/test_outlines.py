@@ -62,8 +62,16 @@ def test_latents_of_another_kind_are_told(tmp_path):
 
 def test_widths_that_nobody_published_need_their_heads(tmp_path):
     torch.save(tiny_sit.sit_weights(), tmp_path / "mine.pt")
-    with pytest.raises(ValueError, match="mine is 12 wide, which no published SiT is; give config="):
+    with pytest.raises(ValueError, match="mine is 12 wide, which no published SiT is; give --config heads=NUMBER"):
         zoo.outline(tmp_path / "mine.pt")
+
+
+def test_heads_must_divide_the_width(tmp_path):
+    torch.save(tiny_sit.sit_weights(), tmp_path / "mine.pt")
+    with pytest.raises(
+        ValueError, match="heads=5 does not divide the width of mine, 12; give one of 1, 2, 3, 4, 6, 12"
+    ):
+        zoo.outline(tmp_path / "mine.pt", config={"heads": 5})
 
 
 def test_options_of_files_are_for_files(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from scipy.stats import norm
 
 from repkit.zeroshot.racing import Racing, chances_to_win, looks
-from repkit.zeroshot.strategies import Uniform, visit_order
+from repkit.zeroshot.strategies import Uniform, check_budget, visit_order
 
 BUDGET = 64
 
@@ -140,3 +140,8 @@ def test_a_budget_without_comparison_is_refused(budget):
         Racing(max_evaluations=budget)
     with pytest.raises(ValueError, match="at least 2"):
         Uniform(budget)
+
+
+def test_budgets_are_whole_numbers():
+    with pytest.raises(ValueError, match="2.5 evaluations a class; give a whole number, at least 2"):
+        check_budget(2.5)

@@ -247,8 +247,14 @@ def without(*names):
         (without("pos_embed"), {}, OSError, "lacks pos_embed, which a SiT has; get it again"),
         (without() | {"blocks.0.attn.rope": torch.ones(1)}, {}, ValueError, "1 weights that no SiT has, blocks.0.attn"),
         (without() | {"blocks.1.attn.proj.bias": torch.ones(5)}, {}, ValueError, r"shape \[5\], not \[12\]"),
-        (without(), {"heads": None}, ValueError, "12 wide, which no published SiT is; give config={'heads': ...}"),
-        (without(), {"time": "reflow"}, ValueError, "no time 'reflow'; have repa, sit, dit"),
+        (without(), {"heads": None}, ValueError, "12 wide, which no published SiT is; give --config heads="),
+        (without(), {"time": "reflow"}, ValueError, "time=reflow given for a-sit; time takes one of repa, sit, dit"),
+        (without(), {"heads": "three"}, ValueError, "heads=three .*heads takes a whole number of at least 1"),
+        (without(), {"heads": 3.0}, ValueError, "heads=3.0 .*heads takes a whole number of at least 1"),
+        (without(), {"class_names": "cat"}, ValueError, "class_names=cat .*class_names takes a list of texts"),
+        (without(), {"class_names": [1]}, ValueError, r"class_names=\[1\] .*class_names takes a list of texts"),
+        (without(), {"key": 5}, ValueError, "key=5 .*key takes a text"),
+        (without(), {"std": "x"}, ValueError, "std=x .*std takes a number, or a list of them"),
         (without(), {"head": 3}, ValueError, "no config head for a-sit; have time, heads, classes"),
         (without(), {"mean": 0.0}, ValueError, "config mean is about an extractor's features; give extractor="),
         (tiny_sit.sit_weights(4), {}, ValueError, "a-sit works on latents of 4 channels; give vae="),
@@ -260,8 +266,15 @@ def test_checkpoints_that_are_refused(weights, options, error, message):
 
 
 def test_a_file_that_does_not_say_how_time_runs_is_refused():
-    with pytest.raises(ValueError, match="nothing in 0400000.pt says how its time runs; give config={'time': ...}"):
+    with pytest.raises(ValueError, match="nothing in 0400000.pt says how its time runs; give --config time=sit"):
         from_weights(without(), name="0400000.pt", config={"heads": 3})
+
+
+def test_which_label_is_the_null_class_is_part_of_the_identity():
+    given: list[dict[str, int]] = [{"classes": 2}, {}, {"classes": tiny_sit.LABELS - 1}]
+    few, usual, said = (from_weights(without(), name="sit", config={"heads": 3} | one) for one in given)
+    assert few.options["classes"] == 2 and usual.options == said.options == {"time": "sit"}
+    assert few.condition(None, 1).tensors["labels"] != usual.condition(None, 1).tensors["labels"]
 
 
 def test_an_autoencoder_of_other_channels_is_refused():

@@ -70,6 +70,8 @@ def test_other_levels_gaps_and_a_lone_image_are_told(rng):
     fitted = Typicality.fit(table_of(errors))
     with pytest.raises(ValueError, match="7 levels, not the 8 of the reference"):
         fitted.score(table_of(errors[:, :, :7]))
+    with pytest.raises(ValueError, match="no loss 'l3'; have l2, l1, huber"):
+        Typicality.fit(table_of(errors), loss="l3")
     with pytest.raises(ValueError, match="1 images in the reference"):
         Typicality.fit(table_of(errors[:1]))
     errors[0, 0, 0] = np.nan

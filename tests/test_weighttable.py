@@ -73,7 +73,7 @@ def test_shifted_levels_get_the_weight_of_their_time(rng):
 
 
 def test_weights_between_times_are_log_linear_and_constant_beyond():
-    made = WeightTable("learned", "l2", (250.0, 750.0), (4.0, 1.0), **INFO)
+    made = WeightTable("learned", "l2", (250.0, 750.0), (4.0, 1.0), classes=("0", "1"), evaluations=4, **INFO)
     levels = toy_levels(4)  # 125, 375, 625, 875
     np.testing.assert_allclose(made.at(levels), [4, 4**0.75, 4**0.25, 1])
 
@@ -158,6 +158,9 @@ def test_several_prompts_of_a_class_are_learned_as_their_mixture(toy):
 
 def test_saved_tables_come_back(toy, tmp_path):
     made = whiten(*toy)
+    assert (made.classes, made.evaluations) == (("0", "1", "2", "3"), COUNT)
+    assert made.made_from.endswith("; temperature by 300 labelled images")
+    assert "temperature" not in whiten(toy[0]).made_from
     made.save(tmp_path / "weights.json")
     assert WeightTable.load(tmp_path / "weights.json") == made
 
@@ -166,10 +169,15 @@ def test_saved_tables_come_back(toy, tmp_path):
     ("change", "message"),
     [
         ("not json", "no JSON"),
-        ({"format": 2}, "no table of weights of format 1"),
-        ({"format": 1, "name": "learned"}, "lacks or has too much: .*weights"),
+        ({"format": 1}, "no table of weights of format 2"),
+        ({"format": 2, "name": "learned"}, "lacks or has too much: .*weights"),
         (
-            {"format": 1, **dict.fromkeys("name loss t weights temperature made_from".split()), **INFO, "x": 1},
+            {
+                "format": 2,
+                **dict.fromkeys("name loss t weights classes evaluations temperature made_from".split()),
+                **INFO,
+                "x": 1,
+            },
             "much: x",
         ),
     ],
@@ -181,8 +189,35 @@ def test_other_files_are_told(tmp_path, change, message):
         WeightTable.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0}, "temperature 0, where a positive number"),
+        ({"temperature": float("inf")}, "temperature inf"),
+        ({"temperature": "1"}, "temperature '1'"),
+        ({"weights": [1.0, 0.0]}, "weights that are not positive"),
+        ({"weights": [1.0]}, "not as many finite numbers"),
+        ({"weights": [1.0, float("nan")]}, "not as many finite numbers"),
+        ({"t": [250.0, 250.0]}, "times that do not ascend"),
+        ({"t": [], "weights": []}, "not as many"),
+        ({"classes": "cat"}, "classes that are no list of texts"),
+        ({"classes": [1, 2]}, "classes that are no list of texts"),
+        ({"evaluations": None}, "evaluations None, where a whole number"),
+        ({"loss": "l3"}, "a loss that is none of l2, l1, huber"),
+    ],
+)
+def test_wrong_values_are_told_with_the_file(tmp_path, change, message):
+    path = tmp_path / "weights.json"
+    WeightTable("learned", "l2", (250.0, 750.0), (4.0, 1.0), classes=("0", "1"), evaluations=4, **INFO).save(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"weights.json, a table of weights, has .*{message}"):
+        WeightTable.load(path)
+
+
 def test_gaps_and_lengths_are_told(toy):
     table, labels = toy
+    with pytest.raises(ValueError, match="no loss 'l3'"):
+        whiten(table, loss="l3")
     holes = table.errors.copy()
     holes[0, 0, 0] = np.nan
     for fit in (whiten, learn):

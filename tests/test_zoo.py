@@ -318,6 +318,11 @@ def test_an_unknown_latent(ddpm):
         zoo.load(ddpm, latent="mean")
 
 
+def test_a_precision_of_an_autoencoder_that_is_not_there():
+    with pytest.raises(ValueError, match="vae_dtype= given with mini-unet, which has no autoencoder; leave it out"):
+        zoo.load("mini-unet", vae_dtype=torch.bfloat16)
+
+
 def test_bundled_models_are_found_by_name(ddpm, tmp_path, monkeypatch):
     monkeypatch.setattr(catalog, "MODELS", tmp_path)
     shutil.copytree(ddpm, tmp_path / "toy")

@@ -5,7 +5,17 @@ from typing import Any
 
 from torch import Tensor
 
-TOLD = ("image_size", "num_heads", "num_head_channels", "use_new_attention_order", "noise_schedule", "diffusion_steps")
+from repkit.backbones.options import COUNT, FLAG, Kind, check_options, one_of
+
+NOISES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}  # guided-diffusion's names, and diffusers'
+TOLD: Mapping[str, Kind] = {
+    "image_size": COUNT,
+    "num_heads": COUNT,
+    "num_head_channels": COUNT,
+    "use_new_attention_order": FLAG,
+    "noise_schedule": one_of(*NOISES),
+    "diffusion_steps": COUNT,
+}
 
 # What the weights do not tell, from guided-diffusion's README; the widths tell another network of the same file name.
 _WIDTHS = {256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4), 128: (1, 1, 2, 3, 4), 64: (1, 2, 3, 4)}
@@ -38,17 +48,13 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
 def told_config(name: str, weights_config: Mapping[str, Any], config: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the weights do not tell: from the published file `name`, and `config` before it.
 
-    Raises ValueError where something is neither published nor given, and for a key that is none of `TOLD`.
+    Raises ValueError where something is neither published nor given, and for what `TOLD` does not take.
     """
-    if unknown := set(config or {}) - set(TOLD):
-        raise ValueError(
-            f"config has {', '.join(sorted(unknown))}; give {', '.join(TOLD)}: the weights tell the rest of {name}"
-        )
+    given = check_options(config, TOLD, name)
     known = PUBLISHED.get(name, {})
     if any(weights_config[key] != known.get(key) for key in ("model_channels", "channel_mult")):
         known = {}
     told = {key: value for key, value in known.items() if key in TOLD}
-    given = {key: value for key, value in (config or {}).items() if value is not None}
     if {"num_heads", "num_head_channels"} & set(given):
         told = {key: value for key, value in told.items() if key not in ("num_heads", "num_head_channels")}
     told |= given
@@ -56,8 +62,8 @@ def told_config(name: str, weights_config: Mapping[str, Any], config: Mapping[st
     if missing or ("num_heads" in told) == ("num_head_channels" in told):
         raise ValueError(
             f"the weights of {name} do not tell how its network was run, and it is none of {', '.join(PUBLISHED)}; "
-            'pass config={"image_size": 256, "num_head_channels": 64 (or "num_heads": 4), '
-            '"use_new_attention_order": False, "noise_schedule": "linear" (or "cosine")} as it was trained'
+            "give image_size=256, num_head_channels=64 (or num_heads=4), use_new_attention_order=false and "
+            "noise_schedule=linear (or cosine), as it was trained, each as --config KEY=VALUE or in config="
         )
     return told
 

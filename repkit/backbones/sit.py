@@ -11,13 +11,22 @@ from repkit.backbones.base import Backbone
 from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
 from repkit.backbones.latents import Latent, encode_pixels, encode_vae, vae_stride
+from repkit.backbones.options import COUNT, NUMBERS, TEXT, TEXTS, Kind, check_options, one_of
 from repkit.backbones.parts import Parts
 from repkit.backbones.sit_weights import NetworkTime, network_time, read_network
 from repkit.backbones.svg import FeatureLatents
 from repkit.capture import Point
 from repkit.schedule import Schedule
 
-_OPTIONS = ("time", "heads", "classes", "class_names", "key", "mean", "std")
+_OPTIONS: Mapping[str, Kind] = {
+    "time": one_of(*get_args(NetworkTime)),
+    "heads": COUNT,
+    "classes": COUNT,
+    "class_names": TEXTS,
+    "key": TEXT,
+    "mean": NUMBERS,
+    "std": NUMBERS,
+}
 
 
 class SiT(Backbone):
@@ -55,7 +64,8 @@ class SiT(Backbone):
             raise ValueError(
                 f"{classes} classes in {name}, which has {config['labels']} labels, the null class included"
             )
-        self.options = {"time": time, **_latents_identity(vae, features, latent)}
+        own = {} if self.classes == config["labels"] - 1 else {"classes": self.classes}  # which label is the null class
+        self.options: Mapping[str, Any] = {"time": time, **own, **_latents_identity(vae, features, latent)}
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         if self.features is not None:
@@ -137,12 +147,8 @@ def from_weights(
     `mean` and `std`. The network shares its tensors with `weights`.
     Raises OSError for weights that are missing, ValueError for what does not fit a SiT.
     """
-    options = dict(config or {})
-    if unknown := options.keys() - set(_OPTIONS):
-        raise ValueError(f"no config {', '.join(sorted(unknown))} for {name}; have {', '.join(_OPTIONS)}")
+    options = check_options(config, _OPTIONS, name)
     time = options.get("time") or network_time(weights, name)
-    if time not in get_args(NetworkTime):
-        raise ValueError(f"no time {time!r}; have {', '.join(get_args(NetworkTime))}")
     statistics = {key: options[key] for key in ("key", "mean", "std") if key in options}
     if statistics and extractor is None:
         raise ValueError(f"config {', '.join(statistics)} is about an extractor's features; give extractor= as well")

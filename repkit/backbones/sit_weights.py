@@ -29,8 +29,9 @@ def network_time(weights: Mapping[str, Tensor], name: str) -> NetworkTime:
         if time in words:
             return time
     raise ValueError(
-        f"nothing in {name} says how its time runs; give config={{'time': ...}}: 'sit' (1 is data, predicts data - "
-        "noise), 'repa' (0 is data, predicts noise - data) or 'dit' (steps 0 ... 999, predicts the noise)"
+        f"nothing in {name} says how its time runs; give --config time=sit (1 is data, predicts data - noise), "
+        "time=repa (0 is data, predicts noise - data) or time=dit (steps 0 ... 999, predicts the noise), in Python "
+        "config={'time': ...}"
     )
 
 
@@ -61,7 +62,7 @@ def read_network(weights: Mapping[str, Tensor], name: str, heads: int | None) ->
     """The frozen network of a checkpoint; its tensors are the checkpoint's own.
 
     heads: None is what the shapes or a published size of this width say. Raises OSError for weights that are missing,
-    ValueError for what does not fit.
+    ValueError for what does not fit, heads that do not divide the width among it.
     """
     weights = _rename(weights)
     config = _read_config(weights, name, heads)
@@ -93,7 +94,14 @@ def _read_config(weights: Mapping[str, Tensor], name: str, heads: int | None) ->
     if heads is None and qk_norm:
         heads = width // shape("blocks.0.attn.q_norm.weight")[0]
     if heads is None and width not in _HEADS:
-        raise ValueError(f"{name} is {width} wide, which no published SiT is; give config={{'heads': ...}}")
+        raise ValueError(
+            f"{name} is {width} wide, which no published SiT is; give --config heads=NUMBER, in Python config="
+            "{'heads': ...}"
+        )
+    heads = heads or _HEADS[width]
+    if width % heads:
+        fit = ", ".join(str(one) for one in range(1, min(width, 64) + 1) if width % one == 0)
+        raise ValueError(f"config heads={heads} does not divide the width of {name}, {width}; give one of {fit}")
     return {
         "sample_size": isqrt(shape("pos_embed")[1]) * patch,
         "patch_size": patch,
@@ -101,7 +109,7 @@ def _read_config(weights: Mapping[str, Tensor], name: str, heads: int | None) ->
         "out_channels": shape("final_layer.linear.bias")[0] // patch**2,
         "width": width,
         "depth": _depth(weights),
-        "heads": heads or _HEADS[width],
+        "heads": heads,
         "mlp_width": shape("blocks.0.mlp.fc1.bias")[0],
         "labels": shape("y_embedder.embedding_table.weight")[0],
         "qk_norm": qk_norm,

@@ -1,12 +1,14 @@
 """Images to classes, by what a denoiser makes of them."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from repkit.cli.options import Device, Json, Precision, Seed
+from repkit.cli.options import Config, Denoiser, Device, Json, Lora, Precision, Seed, Vae
 from repkit.cli.posteriors import as_data, print_lines, tell_failures, tell_summary
 from repkit.cli.printing import print_json, say
 
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
 
 MOST_PICTURES = 24
 Name = Literal["uniform", "staged", "racing"]
+ONLY_LIVE = (
+    *"images model classes template errors pictures seed batch_size part_size device precision".split(),
+    *"revision offline config lora denoiser vae prompt_cache".split(),
+)
+NOT_FITTED = "out pictures temperature prior strategy delta keep samples".split()
 
 
 def classify(
@@ -37,7 +44,10 @@ def classify(
         Literal["logsumexp", "best"], typer.Option(help="several prompts of a class: evenly mixed, or the best")
     ] = "logsumexp",
     strategy: Annotated[Name | None, typer.Option(help="how evaluations are spent; else racing")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="of a class, at most: 64 for racing, 32 for uniform")] = None,
+    evaluations: Annotated[
+        int | None,
+        typer.Option(help="of a class, at most: 32 for uniform, 64 for racing, which saves nothing of the first 8"),
+    ] = None,
     delta: Annotated[float | None, typer.Option(help="racing: chance to miss the full budget's answer; 0.01")] = None,
     keep: Annotated[str | None, typer.Option(help="staged: how many classes go on, such as 5,1")] = None,
     samples: Annotated[str | None, typer.Option(help="staged: evaluations they had by then, such as 16,64")] = None,
@@ -62,9 +72,10 @@ def classify(
     precision: Annotated[Precision, typer.Option(help="of the computation")] = "float32",
     revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the network")] = False,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE, merged into weights; repeatable")] = None,
-    denoiser: Annotated[str | None, typer.Option(help="file or folder with other weights for the denoiser")] = None,
-    vae: Annotated[str | None, typer.Option(help="folder or hub id of an autoencoder")] = None,
+    config: Config = None,
+    lora: Lora = None,
+    denoiser: Denoiser = None,
+    vae: Vae = None,
     prompt_cache: Annotated[str | None, typer.Option(help="folder that keeps encoded prompts")] = None,
     as_json: Json = False,
 ) -> None:
@@ -73,14 +84,15 @@ def classify(
     By Bayes' rule on how well it denoises an image when it is told each class. With --out, kill it at any time: the
     same command goes on where it stopped.
     """
+    values = dict(locals())
     from repkit.listing import list_images
-    from repkit.tasks.classify import make_strategy
+    from repkit.tasks.classify import check_distinct_files, make_strategy
     from repkit.tasks.classnames import read_prior
 
     _check_files({"--out": out, "--errors": errors, "--replay": replay, "--fit": fit})
-    of_images = {"IMAGES": images, "--model": model, "--classes": classes, "--template": template}
-    _refuse("--replay", replay, {**of_images, "--errors": errors, "--pictures": pictures})
-    _refuse("--fit", fit, {"--out": out, "--pictures": pictures, "--temperature": temperature, "--prior": prior})
+    check_distinct_files({"--errors": errors, "--replay": replay}, out)
+    _refuse("--replay", values, ONLY_LIVE)
+    _refuse("--fit", values, NOT_FITTED)
     spend: dict[str, Any] = {"evaluations": evaluations, "delta": delta}
     spend |= {"keep": _counts("--keep", keep), "samples": _counts("--samples", samples)}
     name = strategy or ("uniform" if fit else "racing")
@@ -94,7 +106,7 @@ def classify(
     weights = None if fit and _kind(weighting) else _weighting(weighting)
     listing = list_images(images)
     loads = {"revision": revision, "offline": offline, "denoiser": denoiser, "vae": vae, "prompt_cache": prompt_cache}
-    backbone = _load(model, device, precision, lora or [], loads)
+    backbone = _load(model, device, precision, lora or [], config or [], loads)
     asked = {"strategy": chosen, "weighting": weights, **rule, "batch_size": batch_size, "seed": seed}
     classifier = _classifier(backbone, classes, template, asked)
     say(f"{listing.num_rows} images, {len(classifier.classes)} classes, {len(classifier.prompts)} prompts")
@@ -107,14 +119,16 @@ def classify(
     _print(found, fit or out, top, as_json, told=True)
 
 
-def _load(model: str, device: str, precision: Precision, lora: list[str], loads: dict[str, Any]) -> "Backbone":
-    from repkit.tasks.building import DTYPES, check_device, read_lora
+def _load(
+    model: str, device: str, precision: Precision, lora: list[str], config: list[str], loads: dict[str, Any]
+) -> "Backbone":
+    from repkit.tasks.building import DTYPES, check_device, read_config, read_lora
     from repkit.zoo import load
 
     if model.startswith("timm:"):
         raise ValueError(f"{model} denoises nothing; give a diffusion model (repkit models)")
     check_device(device)
-    given = {name: value for name, value in loads.items() if value}
+    given = {name: value for name, value in (loads | {"config": read_config(config)}).items() if value}
     return load(model, device=device, dtype=DTYPES[precision], lora=[read_lora(one) for one in lora], **given)
 
 
@@ -186,7 +200,7 @@ def _replayed(
 
     table = ErrorTable.read(replay)
     if name != "staged":
-        spend = {**spend, "evaluations": spend["evaluations"] or len(table.levels)}
+        spend = {**spend, "evaluations": len(table.levels) if spend["evaluations"] is None else spend["evaluations"]}
     strategy = make_strategy(name, **spend)
     if fit is None:
         return replay_errors(table, strategy, out=out, weighting=_weighting(weighting), **rule)
@@ -238,11 +252,14 @@ def _counts(option: str, given: str | None) -> list[int] | None:
         raise ValueError(f"{option} {given}: give whole numbers with commas between, such as 5,1") from None
 
 
-def _refuse(mode: str, on: Path | None, options: dict[str, Any]) -> None:
-    """Raise ValueError for options that have no meaning beside another one."""
-    given = [name for name, value in options.items() if value is not None]
-    if on is not None and given:
-        raise ValueError(f"{given[0]} has no use with {mode}; leave it out")
+def _refuse(mode: str, values: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError for parameters of `classify` that are not as by default and have no meaning beside another."""
+    defaults = signature(classify).parameters
+    given = [name for name in names if values[name] not in (defaults[name].default, [])]
+    if values[mode.removeprefix("--")] is not None and given:
+        options = ["IMAGES" if name == "images" else f"--{name.replace('_', '-')}" for name in given]
+        verb, which = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise ValueError(f"{', '.join(options)} {verb} no use with {mode}; leave {which} out")
 
 
 def _check_files(files: dict[str, Path | None]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from repkit.cli.mistakes import NONE_SUCCEEDED, SOME_FAILED
-from repkit.cli.options import Device, Json, Precision, Seed
+from repkit.cli.options import Config, Denoiser, Device, Json, Lora, Precision, Seed, Vae
 from repkit.cli.printing import print_json, say
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ def evaluate(
     precision: Annotated[Precision, typer.Option(help="of the computation")] = "float32",
     revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the network")] = False,
+    lora: Lora = None,
+    denoiser: Denoiser = None,
+    vae: Vae = None,
+    config: Config = None,
     prompt_cache: Annotated[str | None, typer.Option(help="folder that keeps encoded prompts")] = None,
     as_json: Json = False,
 ) -> None:
@@ -46,7 +50,7 @@ def evaluate(
     and caption. Both may have id and tag. Kill it at any time: the same command goes on where it stopped.
     """
     from repkit.progress import Progress
-    from repkit.tasks.building import DTYPES, check_device
+    from repkit.tasks.building import DTYPES, check_device, read_config, read_lora
     from repkit.tasks.caption_scores import SCORES
     from repkit.tasks.compositional import evaluate_captions
     from repkit.tasks.judging import Judge
@@ -62,6 +66,10 @@ def evaluate(
         "revision": revision,
         "offline": offline,
         "prompt_cache": prompt_cache,
+        "lora": [read_lora(one) for one in lora or []],
+        "denoiser": denoiser,
+        "vae": vae,
+        "config": read_config(config or []) or None,
     }
     backbone: Backbone = load(model, device=device, **given)
     judge = Judge(backbone, evaluations, weighting=weighting, loss=loss, seed=seed, batch_size=batch_size)
@@ -98,26 +106,24 @@ def _refuse_options(benchmark: Benchmark, selfbench: dict[str, Any], winoground:
 def _print_report(report: "CompositionalReport") -> None:
     names = list(dict.fromkeys(name for of in report.shares.values() for name in of))
     width = max(map(len, [MEAN, *report.shares]))
-    head = "".join(_cells(name, "95 % interval", "chance") for name in names)
-    print(f"{'':{width}}  {'n':>6}{head}")
+    print(f"{'':{width}}{''.join(_cells('n', name, '95 % interval', 'chance') for name in names)}")
     for tag, of in report.shares.items():
-        n = max((share.n for share in of.values()), default=0)
-        print(f"{tag:{width}}  {n:6}{''.join(_share(of.get(name)) for name in names)}".rstrip())
+        print(f"{tag:{width}}{''.join(_share(of.get(name)) for name in names)}".rstrip())
     if report.means:
-        means = "".join(_cells(f"{report.means[name]:.2%}" if name in report.means else "") for name in names)
-        print(f"{MEAN:{width}}  {'':6}{means}".rstrip())
+        means = "".join(_cells("", f"{report.means[name]:.2%}" if name in report.means else "") for name in names)
+        print(f"{MEAN:{width}}{means}".rstrip())
 
 
 def _share(share: "Share | None") -> str:
     if share is None:
-        return _cells("")
+        return _cells()
     low, high = share.interval
     chance = "" if share.chance is None else f"{share.chance:.2%}"
-    return _cells(f"{share.score:.2%}", f"{low:.2%} to {high:.2%}", chance)
+    return _cells(str(share.n), f"{share.score:.2%}", f"{low:.2%} to {high:.2%}", chance)
 
 
-def _cells(score: str, interval: str = "", chance: str = "") -> str:
-    return f"  {score:>7}  {interval:>17}  {chance:>7}"
+def _cells(n: str = "", score: str = "", interval: str = "", chance: str = "") -> str:
+    return f"  {n:>6}  {score:>7}  {interval:>17}  {chance:>7}"
 
 
 def _tell_failures(report: "CompositionalReport", images: int) -> None:

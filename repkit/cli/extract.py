@@ -7,7 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from repkit.cli.mistakes import NONE_SUCCEEDED, SOME_FAILED, blaming
-from repkit.cli.options import Config, Device, Images, Json, Model, Noise, Policy, Precision, Seed, Size, Taps
+from repkit.cli.options import (
+    Config,
+    Denoiser,
+    Device,
+    Images,
+    Json,
+    Lora,
+    Model,
+    Noise,
+    Policy,
+    Precision,
+    Seed,
+    Size,
+    Taps,
+    Vae,
+)
 from repkit.cli.printing import in_bytes, print_json, say
 
 if TYPE_CHECKING:
@@ -41,9 +56,9 @@ def extract(
     trim: Annotated[bool, typer.Option("--trim", help="free the weights that no tap needs")] = False,
     revision: Annotated[str | None, typer.Option(help="commit of --model on the hub, not of --vae, --denoiser")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="never ask the network")] = False,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:SCALE, merged into weights; repeatable")] = None,
-    denoiser: Annotated[str | None, typer.Option(help="other weights: file, folder or owner/name[@commit]")] = None,
-    vae: Annotated[str | None, typer.Option(help="another autoencoder: folder or owner/name[@commit]")] = None,
+    lora: Lora = None,
+    denoiser: Denoiser = None,
+    vae: Vae = None,
     config: Config = None,
     prompt_cache: Annotated[str | None, typer.Option(help="folder that keeps encoded prompts")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,

@@ -43,11 +43,12 @@ def as_data(found: "Classified", top: int, results: bool) -> dict[str, Any]:
 
 
 def tell_summary(found: "Classified") -> None:
-    """Cost, accuracy, and how far probabilities can be believed, once at the end."""
+    """Cost, accuracy, and how far probabilities can be believed, once at the end; nothing where all images failed."""
     settings, full = found.settings, found.settings["full_budget"]
-    if found.evaluations is not None:
-        share = found.evaluations / full
-        say(f"{found.evaluations:.1f} evaluations an image, {share:.0%} of the full budget of {full}")
+    if found.evaluations is None:
+        return
+    share = found.evaluations / full
+    say(f"{found.evaluations:.1f} evaluations an image, {share:.0%} of the full budget of {full}")
     if accuracy := found.accuracy:
         low, high = accuracy.interval
         some = "" if accuracy.images == found.rows.num_rows else " whose label is a class"
@@ -57,7 +58,8 @@ def tell_summary(found: "Classified") -> None:
     if settings["calibrated"]:
         say(f"The probabilities are calibrated ({weighting}).")
     else:
-        say(f"The probabilities are not calibrated ({weighting}) and mostly far too sure: only their order counts.")
+        say(f"The probabilities are not calibrated ({weighting}): no temperature was fitted for just these classes and")
+        say("evaluations. They are mostly far too sure, and only their order counts.")
 
 
 def tell_failures(found: "Classified") -> None:

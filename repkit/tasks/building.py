@@ -16,6 +16,7 @@ from repkit.zoo import load
 
 # What provenance keeps of `load`.
 CHANGES = ("lora", "denoiser", "vae", "config", "prompt_cache", "channels_last", "vae_dtype", "latent")
+PYTHON = {"True": True, "False": False, "None": None}  # which JSON writes in small letters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -65,6 +66,12 @@ def rebuild_extractor(
 
     Raises ValueError, naming each difference, when what was built is not that extractor.
     """
+    if "taps" not in identity:
+        parts = f" of {len(identity['parts'])} extractors" if "parts" in identity else ""
+        raise ValueError(
+            f"these features are fused{parts}, which no model's name makes again; in Python, extract the query with "
+            "the same Fused and search by its features"
+        )
     source = model or provenance.get("model")
     if source is None:
         raise ValueError("the model these features came from was not loaded by name; say which it is with -m MODEL")
@@ -111,16 +118,21 @@ def read_lora(text: str) -> tuple[str, float]:
 
 
 def read_config(pairs: Sequence[str]) -> dict[str, Any]:
-    """A config as it is written on the command line: KEY=VALUE, with numbers, true, false and lists as in JSON."""
+    """A config as it is written on the command line: KEY=VALUE, each once, as in JSON or True, False and None.
+
+    What is neither is a text. Raises ValueError for what is no KEY=VALUE, and for a key that is given twice.
+    """
     config: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
             raise ValueError(f"--config {pair!r} is no KEY=VALUE; write for example --config time=sit")
+        if key in config:
+            raise ValueError(f"--config {key} is given twice, the second time as {pair}; give it once")
         try:
             config[key] = json.loads(value)
-        except json.JSONDecodeError:  # a plain word
-            config[key] = value
+        except ValueError:  # a plain word
+            config[key] = PYTHON.get(value, value)
     return config
 
 

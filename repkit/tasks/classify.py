@@ -14,7 +14,7 @@ from repkit.features import identity_hash
 from repkit.shards import FAILED, made, parquet_bytes, publish
 from repkit.tasks.classified import COLUMNS, Classified, Tally, read_classified, result_rows
 from repkit.tasks.measuring import forget, keeping, measure_images, part_size, refuse_other, table_bytes
-from repkit.tasks.runsettings import live_settings, rule_settings
+from repkit.tasks.runsettings import live_settings, replay_settings
 from repkit.zeroshot.classifier import DiffusionClassifier
 from repkit.zeroshot.errortable import ErrorTable, join, replay
 from repkit.zeroshot.learning import learn
@@ -67,8 +67,10 @@ def classify_images(
 
     What is done is kept in OUT.parts until the end, `own_part_size` images at a time; killed at any moment, the same
     call goes on from there, and the files are those of an undisturbed run. tell: is given each part as it is done.
-    Raises ValueError where `out`, `errors` or unfinished work was made with other settings.
+    Raises ValueError where `out`, `errors` or unfinished work was made with other settings, and for a shortlist without
+    an attribute `identity`, which is what tells its results from those of another one.
     """
+    check_distinct_files({"--errors": errors}, out)
     settings = live_settings(classifier, listing)
     if out is not None and out.exists():
         return _finished(out, errors, settings)
@@ -87,7 +89,8 @@ def classify_images(
                 rows = result_rows(measured.table, classifier.rule, images)
                 tables += [measured.table] if errors is not None else []
             tally.add(rows, measured.failures)
-            report(tally.done, listing.num_rows)
+            if not measured.earlier:
+                report(tally.done, listing.num_rows)
             if tell is not None:
                 tell(Classified(rows, measured.failures, settings))
         classified = tally.classified(settings)
@@ -106,13 +109,26 @@ def replay_errors(
     weighting: str | WeightTable | None = None,
     **rule: Any,
 ) -> Classified:
-    """What another strategy and rule find in saved errors, without a network; rule: as `make_rule` takes it."""
-    shipped = table.info.get("evidence_weights")
-    made_rule = make_rule(table.levels, len(table.classes), table.info, weighting=weighting, shipped=shipped, **rule)
+    """What another strategy and rule find in saved errors, without a network; rule: as `make_rule` takes it.
+
+    Raises ValueError where `out` is there and is not the result of this very replay.
+    """
+    made_rule = make_rule(
+        table.levels,
+        table.classes,
+        table.info,
+        weighting=weighting,
+        shipped=table.info.get("evidence_weights"),
+        prompts=len(table.conditions),
+        full=isinstance(strategy, Uniform | Racing),
+        **rule,
+    )
+    settings = replay_settings(made_rule, strategy, table)
+    if out is not None and out.exists():
+        refuse_other(out, settings, read_classified(out, _failures(out)).settings)
     replayed = replay(table, strategy, made_rule.weights, loss=made_rule.loss)
     labels = table.info.get("labels", {})
     rows = result_rows(replayed, made_rule, {name: {"label": label} for name, label in labels.items()})
-    settings = {**rule_settings(made_rule, strategy, table), "identity": {}, "provenance": {}}
     classified = Classified(rows, FAILED.empty_table(), settings)
     if out is not None:
         with made(out.parent):
@@ -152,7 +168,8 @@ def fit_images(
         for measured in measure_images(classifier, listing, kept, report):
             tables += [] if measured.table is None else [measured.table]
             failed += measured.failures.num_rows
-            report(sum(map(len, tables)) + failed, listing.num_rows)
+            if not measured.earlier:
+                report(sum(map(len, tables)) + failed, listing.num_rows)
         if not tables:
             raise ValueError("none of the images can be read, so nothing can be fitted to them; give others")
         table = _labelled(join(tables), classifier, settings, images)
@@ -177,12 +194,21 @@ def fit_weights(table: ErrorTable, kind: Fitted, loss: str = "l2") -> WeightTabl
     return (whiten if kind == "whitened" else learn)(table[rows], numbers, loss=loss)
 
 
+def check_distinct_files(files: Mapping[str, Path | None], out: Path | None) -> None:
+    """Raise ValueError where a file, by its option, is `out` or what failures go to beside it."""
+    taken = {} if out is None else {out.resolve(): "--out", _failures(out).resolve(): "the failures of --out"}
+    for option, path in files.items():
+        if path is not None and (other := taken.get(path.resolve())):
+            raise ValueError(f"{option} {path} is also the file of {other}; give each a file of its own")
+
+
 def _finished(out: Path, errors: Path | None, settings: Mapping[str, Any]) -> Classified:
     """The results that are there already."""
     found = read_classified(out, _failures(out))
     refuse_other(out, settings, found.settings)
     if errors is not None and not errors.exists():
         raise ValueError(f"{out} is complete, and its errors were not kept; give another --out to have them")
+    _check_errors(errors, settings)
     forget(out)
     return found
 

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from repkit.backbones.base import Backbone
 from repkit.zeroshot.errortable import Label
 
 _FILES = (".txt", ".csv")
+_COLUMNS = ("prompt", "classname", "classidx")
 
 Classes = dict[Label, list[Label]]
 
@@ -33,7 +35,11 @@ def read_classes(given: str | None, backbone: Backbone) -> Classes:
         raise ValueError(
             f"only {next(iter(classes))!r} in {given or backbone.name}; a posterior needs two classes or more"
         )
-    return {_as_told(name, backbone): [_as_told(one, backbone) for one in own] for name, own in classes.items()}
+    given_as: dict[Label, str] = {}
+    for name in classes:
+        if (first := given_as.setdefault(_as_told(name, backbone), name)) != name:
+            raise ValueError(f"{first!r} and {name!r} are both class {_as_told(name, backbone)}; drop one")
+    return {label: [_as_told(one, backbone) for one in classes[name]] for label, name in given_as.items()}
 
 
 def read_prior(given: str | None) -> list[float] | None:
@@ -42,9 +48,12 @@ def read_prior(given: str | None) -> list[float] | None:
         return None
     told = list(_lines(Path(given)).values()) if _is_file(given) else given.split(",")
     try:
-        return [float(one) for one in told]
+        weights = [float(one) for one in told]
     except ValueError as error:
         raise ValueError(f"--prior {given}: {error}; give one positive number for each class") from error
+    if min(weights) <= 0 or not math.isfinite(sum(weights)):
+        raise ValueError(f"--prior {given}: give one positive number for each class, with a finite sum")
+    return weights
 
 
 def _own(backbone: Backbone) -> Sequence[str]:
@@ -91,24 +100,49 @@ def _lines(path: Path) -> dict[int, str]:
 
 
 def _read_csv(path: Path) -> dict[str, list[str]]:
-    reader = csv.DictReader(_text(path).splitlines())
-    if missing := {"prompt", "classname", "classidx"} - {*(reader.fieldnames or ())}:
+    rows = _rows(path)
+    _check_distinct({f"line {line}": row["prompt"] for line, row in rows.items()}, str(path))
+    names: dict[int, str] = {}
+    numbers: dict[str, int] = {}
+    for line, row in rows.items():
+        name, number = row["classname"], int(row["classidx"])
+        if names.setdefault(number, name) != name:
+            raise ValueError(f"{path}, line {line}: classidx {number} is {name!r} here and {names[number]!r} before")
+        if numbers.setdefault(name, number) != number:
+            raise ValueError(f"{path}, line {line}: {name!r} has classidx {number} here and {numbers[name]} before")
+    return {
+        names[number]: [row["prompt"] for row in rows.values() if int(row["classidx"]) == number]
+        for number in sorted(names)
+    }
+
+
+def _rows(path: Path) -> dict[int, dict[str, str]]:
+    """The rows of a .csv of prompts by line numbers, with nothing missing and no blanks around."""
+    reader = csv.reader(_text(path).splitlines(), skipinitialspace=True)
+    try:
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; give a table of values with commas") from error
+    header, *rows = lines or [(1, [""])]
+    if missing := {*_COLUMNS} - {*header[1]}:
         raise ValueError(
             f"{path} has no column {', '.join(sorted(missing))}; give prompt, classname and classidx, or a text file "
             "with a class on each line"
         )
-    rows = list(reader)
     if not rows:
         raise ValueError(f"{path} is empty below its header; give a row for each prompt")
-    if wrong := next((row for row in rows if not (row["classidx"] or "").strip().isdecimal()), None):
-        raise ValueError(f"{path} has classidx {wrong['classidx']!r} for prompt {wrong['prompt']!r}; give a number")
-    _check_distinct({f"row {number}": row["prompt"] for number, row in enumerate(rows, 1)}, str(path))
-    classes: dict[str, list[str]] = {}
-    for row in sorted(rows, key=lambda row: int(row["classidx"])):
-        classes.setdefault(row["classname"], []).append(row["prompt"])
-    if len(classes) != len({int(row["classidx"]) for row in rows}):
-        raise ValueError(f"{path} has {len(classes)} names for other numbers of classidx; give one name a number")
-    return classes
+    return {line: _row(f"{path}, line {line}", header[1], row) for line, row in rows}
+
+
+def _row(where: str, header: Sequence[str], row: Sequence[str]) -> dict[str, str]:
+    if len(row) != len(header):
+        raise ValueError(f"{where}: {len(row)} values for {len(header)} columns; quote what has a comma in it")
+    told = dict(zip(header, row, strict=True))
+    if empty := [column for column in _COLUMNS if not told[column]]:
+        raise ValueError(f"{where}: no {empty[0]}; give each row a prompt, a classname and a classidx")
+    if not told["classidx"].isdecimal():
+        raise ValueError(f"{where}: classidx {told['classidx']!r}; give a number")
+    return told
 
 
 def _text(path: Path) -> str:

@@ -31,10 +31,14 @@ _log = logging.getLogger("repkit")
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The errors of part of the images, None where none could be read, and why others have none: path and error."""
+    """The errors of part of the images, None where none could be read, and why others have none: path and error.
+
+    earlier: whether another run has measured them.
+    """
 
     table: ErrorTable | None
     failures: pa.Table
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ def measure_images(
 ) -> Iterator[Measured]:
     """The errors of the listing's images, part by part, from the folder where they are there already.
 
-    Batches do not straddle parts, so that what was interrupted has the very bits of what was not. Raises
+    Batches do not straddle parts, so that what was interrupted has the very bits of what was not. progress: told
+    (images done, images) from the moment that the work begins, at first what an earlier run has done. Raises
     FloatingPointError where the network returns something that is not finite.
     """
     starts = range(0, listing.num_rows, kept.part_size)
@@ -88,7 +93,9 @@ def measure_images(
                 yield _read(kept.folder, part)
                 continue
             rows = listing.slice(part.start, part.stop - part.start)
-            measured = _measure(classifier, rows, next(decoded), _shifted(progress, part.start, len(paths)))
+            tell = _shifted(progress, part.start, len(paths))
+            tell(0, rows.num_rows)
+            measured = _measure(classifier, rows, next(decoded), tell)
             if kept.folder is not None:
                 publish(kept.folder, _files(part, measured))
             yield measured
@@ -171,7 +178,8 @@ def _files(part: _Part, measured: Measured) -> dict[str, bytes]:
 
 def _read(folder: Path, part: _Part) -> Measured:
     errors = folder / part.errors
-    return Measured(ErrorTable.read(errors) if errors.exists() else None, read_parquet(folder / part.failures))
+    table = ErrorTable.read(errors) if errors.exists() else None
+    return Measured(table, read_parquet(folder / part.failures), earlier=True)
 
 
 def table_bytes(table: ErrorTable) -> bytes:

@@ -1,6 +1,7 @@
 """What a run of the classifier is: for people, and as the identity that decides its results."""
 
 from dataclasses import asdict
+from hashlib import sha256
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from repkit.tasks.classified import FORMAT
 from repkit.zeroshot.classifier import DiffusionClassifier
 from repkit.zeroshot.errortable import ErrorTable
 from repkit.zeroshot.posterior import Rule
+from repkit.zeroshot.shortlist import Retriever
 from repkit.zeroshot.strategies import Strategy
 
 MANY = 20  # classes above which an identity has only their hash
@@ -24,10 +26,9 @@ def live_settings(classifier: DiffusionClassifier, listing: pa.Table) -> dict[st
     told = rule_settings(rule, classifier.strategy, classifier)
     images = listing.select(["id", "path", "label"]).to_pylist()
     identity = {
-        **{name: value for name, value in told.items() if name not in ("format", "model", "calibrated")},
-        "classes": _some(told["classes"]),
+        **_rule_identity(rule, told),
         "prompts": _some(list(classifier.prompts)),
-        "weights": identity_hash({"weights": [float(f"{one:.6g}") for one in rule.weights]}),
+        **({} if classifier.shortlist is None else {"shortlist": _shortlist_identity(classifier.shortlist)}),
         **{name: value for name, value in classifier.info.items() if name != "model"},
         "schedule": backbone.schedule.identity,
         "decoder": decoder_identity(),
@@ -38,6 +39,13 @@ def live_settings(classifier: DiffusionClassifier, listing: pa.Table) -> dict[st
     }
     made_with = provenance(backbone, classifier.batch_size)
     return {**told, "identity": identity, "provenance": made_with}
+
+
+def replay_settings(rule: Rule, strategy: Strategy, table: ErrorTable) -> dict[str, Any]:
+    """What a replay of saved errors is; its identity has the errors themselves, by their hash."""
+    told = rule_settings(rule, strategy, table)
+    errors = sha256(table.errors.tobytes() + "\n".join(table.ids).encode()).hexdigest()
+    return {**told, "identity": {**_rule_identity(rule, told), "replay of": errors}, "provenance": {}}
 
 
 def rule_settings(rule: Rule, strategy: Strategy, of: ErrorTable | DiffusionClassifier) -> dict[str, Any]:
@@ -56,6 +64,25 @@ def rule_settings(rule: Rule, strategy: Strategy, of: ErrorTable | DiffusionClas
         "prior": [float(f"{one:.6g}") for one in rule.log_prior.exp()],
         "calibrated": rule.calibrated,
     }
+
+
+def _rule_identity(rule: Rule, told: dict[str, Any]) -> dict[str, Any]:
+    """What decides a posterior, given errors."""
+    return {
+        **{name: value for name, value in told.items() if name not in ("format", "model", "calibrated")},
+        "classes": _some(told["classes"]),
+        "weights": identity_hash({"weights": [float(f"{one:.6g}") for one in rule.weights]}),
+        **({"bias": _some([float(f"{one:.6g}") for one in rule.bias])} if rule.bias.any() else {}),
+    }
+
+
+def _shortlist_identity(shortlist: Retriever) -> Any:
+    if (identity := getattr(shortlist, "identity", None)) is None:
+        raise ValueError(
+            "results in files are kept by what made them, and the shortlist does not say what it lists by; "
+            "set its attribute `identity`, to a name for example, or call the classifier's own classify"
+        )
+    return identity
 
 
 def _some(names: list[Any]) -> Any:

@@ -145,7 +145,7 @@ def condition_means(rule: Rule, table: ErrorTable) -> Float64[Tensor, "b j"]:
     """The score of each condition; ValueError for a table with gaps, in which scores would not be comparable."""
     evidence = rule.evidence(table.errors)
     if np.isnan(evidence).any():
-        raise ValueError("the table has gaps; make it with strategy Uniform, which leaves nothing out")
+        raise ValueError("the table has gaps; make it with the uniform strategy, which leaves nothing out")
     return torch.from_numpy(evidence.mean(2))
 
 
@@ -156,7 +156,7 @@ def content_free_offset(scores: Float64[Tensor, "b k"]) -> Float64[Tensor, "k"]:
     that makes all classes' mean scores equal (Zhao et al. 2021 do so for prompts of language models).
     """
     if not torch.isfinite(scores).all():
-        raise ValueError("scores with gaps; take errors of every class at every level (strategy Uniform)")
+        raise ValueError("scores with gaps; take errors of every class at every level (the uniform strategy)")
     return scores.mean(0) - scores.mean()
 
 

@@ -38,7 +38,8 @@ class DiffusionClassifier:
     with templates, such as "a photo of a {}", each class has its name put into each of them. mixture: several prompts
     are evenly mixed ("logsumexp"), or the best one speaks for its class ("best").
     strategy: what is evaluated; levels and noise are the same for all classes of an image. spacing: of the levels.
-    weighting: a name of `WEIGHTINGS` or a WeightTable; None is the table that came with the model, else "train".
+    weighting: a name of `WEIGHTINGS` or a WeightTable; None is the table that came with the model, else "train". "elbo"
+    is a likelihood bound; calibrated only for a perfect denoiser.
     loss: l2, l1 or huber. prior: one positive weight a class, None for equal ones. temperature: None is 1 until `fit`,
     or the table's. bias: nats added to each class. antithetic: every noise is used with both signs, at twice the cost.
     shortlist: images -> class numbers [b m], the only ones that are looked at (`nearest_classes` makes one); the others
@@ -68,8 +69,6 @@ class DiffusionClassifier:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}; give at least 1")
-        if temperature is not None and not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature={temperature}; give a positive number, or None and call fit")
         if loss not in LOSSES:
             raise ValueError(f"no loss {loss!r}; have {', '.join(LOSSES)}")
         if mixture not in ("logsumexp", "best"):
@@ -83,7 +82,7 @@ class DiffusionClassifier:
         self.levels = self.strategy.levels(backbone.schedule, spacing)
         self.rule = make_rule(
             self.levels,
-            len(self.classes),
+            self.classes,
             self.info,
             weighting=weighting,
             shipped=backbone.evidence_weights,
@@ -92,6 +91,8 @@ class DiffusionClassifier:
             temperature=temperature,
             bias=bias,
             mixture=mixture,
+            prompts=len(self.prompts),
+            full=shortlist is None and isinstance(self.strategy, Uniform | Racing),
         )
         self._conditions  # noqa: B018  an unknown class is told now, not after the images were decoded
 
@@ -283,6 +284,8 @@ def _prompts(
     for template in templates or ():
         if "{}" not in template:
             raise ValueError(f"template {template!r} has no {{}}, where the class's name goes")
+        if list(templates or ()).count(template) > 1:
+            raise ValueError(f"template {template!r} is given twice; drop one")
     each: list[Sequence[Label]] = []
     for label in classes:
         own = given[label] if isinstance(given, Mapping) else [label]

@@ -1,5 +1,6 @@
 """ErrorTable: denoising errors as data, from which any strategy, weighting, prior and temperature can be replayed."""
 
+import errno
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -87,10 +88,14 @@ class ErrorTable:
 
     @classmethod
     def read(cls, path: str | Path) -> "ErrorTable":
-        """What `write` wrote; ValueError for another file."""
+        """What `write` wrote; ValueError for another file, FileNotFoundError for none."""
+        if not Path(path).exists():
+            raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
         try:
             table = pq.read_table(path)
             told = json.loads((table.schema.metadata or {})[b"repkit"])
+            if "log_posterior" in table.column_names:  # classified images have metadata of the same key
+                raise KeyError("levels")
         except (pa.ArrowInvalid, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no table of errors; repkit classify --errors FILE writes one") from error
         if told.get("format") != FORMAT:
@@ -158,7 +163,7 @@ def replay(
             if np.isnan(errors[at]).any():
                 raise ValueError(
                     f"the table has no error for {table.ids[row]} where the strategy looks; "
-                    "make the table with strategy Uniform, which leaves nothing out"
+                    "make the table with the uniform strategy, which leaves nothing out"
                 )
             kept[row][at] = errors[at]
             try:

@@ -24,8 +24,9 @@ class Posterior:
     given up early has the best one's score plus their paired difference where both were evaluated. standard_errors: of
     the score's difference to the best class, such that 1.96 of them are a 95 % interval; 0 for the best class itself.
     evaluations: how often the network ran for each image, all classes together. decided: whether the strategy stopped
-    because it was sure. calibrated: whether the temperature was fitted on labelled images, or the weighting is the elbo
-    at temperature 1; where it is not, probabilities are mostly far too sure, and only their order counts.
+    because it was sure. calibrated: whether the temperature was fitted on labelled images, for these classes and
+    evaluations; where it was not, probabilities are mostly far too sure, and only their order counts. That goes for the
+    elbo at temperature 1 too: it is a bound on the likelihood, and calibrated only for a perfect denoiser.
     """
 
     log_posterior: Float64[Tensor, "b k"]

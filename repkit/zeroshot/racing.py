@@ -19,6 +19,7 @@ DEGREES = 2 / 3  # of freedom that a successive difference brings: neighbours sh
 class Racing:
     """Nested looks at more and more of the strata; a class is given up when it would hardly win at full budget.
 
+    The first look is at 8 evaluations a class: a max_evaluations of no more saves nothing.
     delta: bound on the probability that the answer differs from that of the full budget, max_evaluations for every
     class. Each class given up spends the chance it had left; what remains is shared by those still in the race, so
     that the bound holds over all classes and looks (to the extent that the differences are Student's).

@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from repkit.zeroshot.belonging import model_difference
+from repkit.zeroshot.errortable import Label
 from repkit.zeroshot.levels import Levels
 from repkit.zeroshot.posterior import Mixture, Rule
 from repkit.zeroshot.weightings import weigh
@@ -20,7 +21,7 @@ logger = logging.getLogger("repkit")
 
 def make_rule(
     levels: Levels,
-    classes: int,
+    classes: Sequence[Label],
     info: Mapping[str, Any],
     *,
     weighting: str | WeightTable | None = None,
@@ -30,12 +31,19 @@ def make_rule(
     temperature: float | None = None,
     bias: Sequence[float] | None = None,
     mixture: Mixture = "logsumexp",
+    prompts: int | None = None,
+    full: bool = True,
 ) -> Rule:
     """The rule for errors at `levels` of the network that `info` names by model, weights_hash and dtype.
 
     shipped: the table that came with the model, as JSON has it, which is what weighting=None takes where its loss is
-    asked for; else that is "train". Raises ValueError for what does not fit the levels, the loss or the network.
+    asked for; else that is "train". prompts: of all classes together; None is one for each. full: whether answers are
+    those of the full budget, as they are where every class is evaluated at every level, and by and large in a race.
+    The rule is calibrated where a table's temperature was fitted for just this: its classes and evaluations.
+    Raises ValueError for what does not fit the levels, the loss or the network.
     """
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature}; give a positive number, or leave it out")
     if weighting is None:
         weighting = _usable(shipped, loss, info) or "train"
     if isinstance(weighting, WeightTable):
@@ -45,13 +53,17 @@ def make_rule(
         weights, name = weighting.at(levels), weighting.name
     else:
         weights, name = weigh(weighting, levels, loss), weighting
-    fitted = weighting.temperature if isinstance(weighting, WeightTable) and temperature is None else temperature
+    calibrated = False
+    if isinstance(weighting, WeightTable) and temperature is None:
+        mixed = mixture == "logsumexp" or prompts in (None, len(classes))  # as in the fit
+        calibrated = full and mixed and weighting.calibrates(classes, len(levels))
+        temperature = weighting.temperature
     return Rule(
         weights=weights,
-        log_prior=_log_prior(prior, classes),
-        bias=_bias(bias, classes),
-        temperature=1.0 if fitted is None else float(fitted),
-        calibrated=(fitted is not None and temperature is None) or (name == "elbo" and fitted in (None, 1)),
+        log_prior=_log_prior(prior, len(classes)),
+        bias=_bias(bias, len(classes)),
+        temperature=1.0 if temperature is None else float(temperature),
+        calibrated=calibrated,
         weighting=name,
         loss=loss,
         mixture=mixture,
@@ -71,9 +83,9 @@ def _usable(shipped: Mapping[str, Any] | None, loss: str, info: Mapping[str, Any
 
 def _log_prior(prior: Sequence[float | int] | None, count: int) -> Float64[Tensor, "k"]:
     weights = torch.ones(count, dtype=torch.float64) if prior is None else torch.tensor(prior, dtype=torch.float64)
-    if weights.shape != (count,) or not ((weights > 0) & torch.isfinite(weights)).all():
-        raise ValueError(f"prior={prior} for {count} classes; give one positive number for each")
-    return (weights / weights.sum()).log()
+    if weights.shape != (count,) or not (weights > 0).all() or not torch.isfinite(weights.sum()):
+        raise ValueError(f"prior={prior} for {count} classes; give one positive number for each, with a finite sum")
+    return weights.log() - weights.sum().log()
 
 
 def _bias(bias: Sequence[float] | None, count: int) -> Float64[Tensor, "k"]:

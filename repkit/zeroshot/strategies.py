@@ -6,6 +6,7 @@ the same code decides while a network runs and when errors are replayed from a t
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -62,7 +63,7 @@ def remaining(conditions: Rows, owner: Rows) -> int:
     return len(np.unique(owner[conditions]))
 
 
-def check_budget(evaluations: int) -> None:
-    """Raise ValueError for a budget that allows no comparison."""
-    if evaluations < 2:
-        raise ValueError(f"{evaluations} evaluations a class; give at least 2")
+def check_budget(evaluations: int | float) -> None:
+    """Raise ValueError for a budget that allows no comparison, or is no whole number."""
+    if not isinstance(evaluations, Integral) or evaluations < 2:
+        raise ValueError(f"{evaluations} evaluations a class; give a whole number, at least 2")

@@ -47,16 +47,22 @@ class Typicality:
         return np.sqrt((self.z_scores(table) ** 2).mean(1))
 
     def share(self, table: ErrorTable) -> Float64[np.ndarray, "b"]:
-        """The share of reference images that are at least as untypical: a p-value of being one of them."""
+        """The share of reference images that are at least as untypical: a p-value of being one of them.
+
+        The reference's own scores are in-sample: means and deviations were fitted to these images, which therefore look
+        a little more typical than fresh ones, and the p-values are a little too small where the reference is.
+        """
         below = np.searchsorted(self.reference, self.score(table), side="left")
         return (len(self.reference) - below + 1) / (len(self.reference) + 1)
 
 
 def _log_errors(table: ErrorTable, loss: str) -> Float64[np.ndarray, "b m"]:
     """Log of each band's mean error; bands are as many levels each, so that a single noise counts for little."""
+    if loss not in LOSSES:
+        raise ValueError(f"no loss {loss!r}; have {', '.join(LOSSES)}")
     errors = table.errors[..., LOSSES.index(loss)]
     if np.isnan(errors).any():
-        raise ValueError("the table has gaps; make it with strategy Uniform, which leaves nothing out")
+        raise ValueError("the table has gaps; make it with the uniform strategy, which leaves nothing out")
     own = errors[np.arange(len(table)), _told(table, errors)]
     return np.log(np.stack([band.mean(1) for band in np.array_split(own, min(BANDS, own.shape[1]), axis=1)], 1))
 

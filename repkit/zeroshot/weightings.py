@@ -95,9 +95,10 @@ def weigh(weighting: str, levels: Levels, loss: str = "l2") -> Vector:
     a weight is not finite.
     """
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"no weighting {weighting!r}; have {', '.join(WEIGHTINGS)}, or a fitted WeightTable")
+        known = ", ".join(WEIGHTINGS)
+        raise ValueError(f"no weighting {weighting!r}; have {known}, or a table that was fitted (FILE.json of --fit)")
     if loss != "l2" and weighting not in OF_ANY_LOSS:
-        raise ValueError(f"weighting {weighting!r} is defined for l2 errors, not {loss}; take train or loss='l2'")
+        raise ValueError(f"weighting {weighting!r} is defined for l2 errors, not {loss}; take train, or l2")
     with np.errstate(divide="ignore", invalid="ignore"):
         weights = WEIGHTINGS[weighting](levels)
     if not np.isfinite(weights).all():
