@@ -35,6 +35,7 @@ from repkit.recipes.mini_models import MINI_MODELS, build_network, mini_model, p
 from repkit.recipes.model_folder import export_model, read_weights, sample, write_losses
 from repkit.recipes.pretrain import Denoiser, Options, lr_factor, parse_options, pretrain, target
 from repkit.recipes.training_images import draw_batch, prepare_images
+from repkit.zeroshot.weighttable import WeightTable
 from repkit.zoo import EVIDENCE_WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -413,7 +414,8 @@ def test_exporting_again_takes_up_new_figures(run, tmp_path):
 def test_exporting_other_weights_drops_the_weights_of_evidence(run, tmp_path):
     checkpoint = Path(copied(run, tmp_path).out, "last.ckpt")
     folder = checkpoint.parent / "model"
-    (folder / EVIDENCE_WEIGHTS).write_text("{}")
+    told = {"model": run.model, "weights_hash": "", "dtype": "float32", "classes": CLASSES, "evaluations": 4}
+    WeightTable("learned", "l2", (250.0, 750.0), (4.0, 1.0), **told).save(folder / EVIDENCE_WEIGHTS)
     assert (export_model(checkpoint, folder) / EVIDENCE_WEIGHTS).is_file()
     saved = torch.load(checkpoint, weights_only=True)
     name = next(name for name in saved["state_dict"] if name.startswith("ema."))
