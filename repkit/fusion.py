@@ -121,7 +121,7 @@ class Fused(Extractor):
         self.parts = tuple(parts)
         if not any(part.weight for part in self.parts):
             raise ValueError(f"{len(self.parts)} parts, none of a weight above 0; give at least one Part(extractor)")
-        self.resize = _common_resize([part.extractor.resize for part in self.parts])
+        self.resize = common_resize([part.extractor.resize for part in self.parts])
         self.grid = _checked_grid(grid)
         self.provenance = {"parts": [dict(part.extractor.provenance) for part in self.parts]}
         channels, height, _ = self.shapes[KEY]
@@ -151,7 +151,7 @@ class Fused(Extractor):
 
     def _fuse(self, maps: Sequence[Sequence[Tensor]], grad: bool) -> Float[Tensor, "b c h w"]:
         device = maps[0][0].device
-        grid = _finest([one.shape[-2:] for part in maps for one in part]) if self.grid == "finest" else self.grid
+        grid = finest([one.shape[-2:] for part in maps for one in part]) if self.grid == "finest" else self.grid
         plain = torch.autocast(device.type, enabled=False)
         with nullcontext() if grad else torch.no_grad(), plain, full_float32():
             pairs = zip(self.parts, maps, strict=True)
@@ -166,7 +166,7 @@ class Fused(Extractor):
     def shapes(self) -> Mapping[str, tuple[int, int, int]]:
         """(c, h, w) of each key's map for images that went through `resize`."""
         sizes = [part.extractor.shapes[key][1:] for part in self.parts for key in part.chosen]
-        height, width = _finest(sizes) if self.grid == "finest" else self.grid
+        height, width = finest(sizes) if self.grid == "finest" else self.grid
         return {KEY: (sum(part.channels for part in self.parts), height, width)}
 
     @property
@@ -200,7 +200,7 @@ def _unrepeatable(identities: Sequence[Identity]) -> dict[str, Any]:
     return {name: value for name, value in settings if any(one.get(name) == value for one in identities)}
 
 
-def _common_resize(resizes: Sequence[Resize]) -> Resize:
+def common_resize(resizes: Sequence[Resize]) -> Resize:
     """The largest; ValueError where two would show their networks different regions of an image."""
     largest = max(resizes, key=lambda resize: resize.shape[0] * resize.shape[1])
     height, width = largest.shape
@@ -223,7 +223,8 @@ def _checked_grid(grid: Any) -> Any:
     return tuple(grid)
 
 
-def _finest(sizes: Sequence[Sequence[int]]) -> Grid:
+def finest(sizes: Sequence[Sequence[int]]) -> Grid:
+    """The largest height and the largest width."""
     return max(size[0] for size in sizes), max(size[1] for size in sizes)
 
 

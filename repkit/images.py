@@ -236,6 +236,12 @@ class Resize:
         scale = (width / (x1 - x0), height / (y1 - y0))
         return (points + 0.5 - _pair((x0, y0), points)) * _pair(scale, points) - 0.5 + _pair(corner, points)
 
+    def original_points(self, points: Points, original_size: tuple[int, int]) -> Points:
+        """The inverse of `points`: their place in the image of `original_size` = (width, height)."""
+        (x0, y0, x1, y1), (width, height), corner = self._placement(*original_size)
+        scale = ((x1 - x0) / width, (y1 - y0) / height)
+        return (points + 0.5 - _pair(corner, points)) * _pair(scale, points) - 0.5 + _pair((x0, y0), points)
+
     def _placement(self, width: int, height: int) -> tuple[Box, tuple[int, int], tuple[int, int]]:
         """The part of the image that is used, the (width, height) it gets, and its upper left corner in the result."""
         out_h, out_w = self.shape

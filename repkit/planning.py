@@ -166,6 +166,8 @@ def _device(extractor: Any) -> torch.device:
             extractor = extractor.backbone
         elif hasattr(extractor, "parts"):
             extractor = extractor.parts[0].extractor
+        elif hasattr(extractor, "extractor"):
+            extractor = extractor.extractor
         else:
             return torch.device("cpu")
     return torch.device(extractor.device)
