@@ -35,7 +35,7 @@ class PresetPart:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published method: its parts, how matches are chosen, the PCK protocol of its paper, and what is not as there."""
+    """A published method: parts, how matches are chosen, the PCK protocol of its paper, and what is not as there."""
 
     name: str
     paper: str
