@@ -2,7 +2,8 @@
 
 On random maps of the sizes that papers use, as ratios within one run: cells against a plain matrix product with
 normalised features and its argmax, which is the limit; pixels against upsampling the target's features to the image's
-size; and the most memory that either takes beside its input.
+size; and the most memory that either takes beside its input. And a whole evaluation of all pairs of some images, with
+its stores and tables, against encoding both images of each pair.
 """
 
 import argparse
@@ -11,8 +12,11 @@ import resource
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, permutations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -20,8 +24,18 @@ from jaxtyping import Float, Int
 from measuring import PAGE, machine, ratio, table, take_turns, write_section
 from torch import Tensor
 
+from repkit.datasets import fashion_mnist
+from repkit.datasets.pairs import Pair, checked
+from repkit.extractors import DiffusionExtractor
+from repkit.fusion import Part
+from repkit.images import Resize
 from repkit.matching.featuremap import FeatureMap, cell_centres
 from repkit.matching.nearest import nearest
+from repkit.tasks.correspondence import Correspondence
+from repkit.tasks.evaluate_pairs import evaluate_pairs
+from repkit.zoo import load
+
+TAP = "up.1@50"
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print, and write the section of the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--images", type=int, default=16, help="of the evaluation, all in pairs")
     parser.add_argument("--shrink", type=int, default=1, help="channels, grids and images that many times smaller")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -57,7 +72,9 @@ Over the plain way: for cells, both maps normalised, one matrix product and its 
 features upsampled to the image's size, normalised, multiplied and searched. Memory is the most that is taken beside the
 maps.
 
-{measure(CELLS, PIXELS, options.rounds, options.shrink)}"""
+{measure(CELLS, PIXELS, options.rounds, options.shrink)}
+
+{evaluations(options.images, options.rounds)}"""
     print(body)
     write_section(options.page, "Matching", body)
 
@@ -82,6 +99,35 @@ def measure(cells: Sequence[Case], pixels: Sequence[Case], rounds: int, shrink: 
                 + [f"{peak[name]:.0f}" for name in ("ours", "plain")]
             )
     return table(("", "matches/s", "time over the plain way", "MB", "MB, plain way"), rows)
+
+
+def evaluations(images: int, rounds: int) -> str:
+    """All ordered pairs of images, evaluated over encoding both images of each pair."""
+    with TemporaryDirectory() as folder:
+        root = fashion_mnist.write_folder(Path(folder) / "images", "test", -(-images // len(fashion_mnist.CLASSES)))
+        paths = sorted(root.rglob("*.png"))[:images]
+        points = np.stack(np.meshgrid([7.0, 13, 20], [7.0, 13, 20]), -1).reshape(-1, 2)
+        pairs = checked(
+            [
+                Pair(f"{a.relative_to(root)}>{b.relative_to(root)}", a, b, points, points, ())
+                for a, b in permutations(paths, 2)
+            ],
+            root,
+        )
+        extractor = DiffusionExtractor(load("mini-unet"), TAP, resize=Resize(64, "squash"))
+        correspondence, out = Correspondence([Part(extractor)]), count()
+        actions: dict[str, Callable[[], object]] = {
+            "once": lambda: evaluate_pairs(pairs, correspondence, Path(folder) / f"out-{next(out)}"),
+            "per pair": lambda: [
+                correspondence.match(*correspondence.see([pair.source, pair.target]), torch.from_numpy(points).float())
+                for pair in pairs
+            ],
+        }
+        seconds = take_turns(actions, rounds)
+    share = f"{ratio(seconds['once'], seconds['per pair']):.3f}"
+    return f"""A whole evaluation (stores, matches, PCK) of {len(pairs)} pairs of {images} images, `{TAP}` of mini-unet
+at 64 pixels, over encoding both images of each pair and matching: {share} of the time, for {images} instead of
+{2 * len(pairs)} images encoded."""
 
 
 def make(case: Case, shrink: int) -> tuple[FeatureMap, FeatureMap, Float[Tensor, "n 2"]]:

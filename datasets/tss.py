@@ -61,6 +61,14 @@ def read_flow(path: str | Path) -> Float32[np.ndarray, "h w 2"]:
     return flow
 
 
+def flow_bytes(flow: Float32[np.ndarray, "h w 2"]) -> bytes:
+    """A Middlebury .flo file of (dx, dy) in pixels, as `read_flow` reads it; NaN is not known."""
+    height, width, _ = flow.shape
+    known = np.where(np.isnan(flow).any(-1, keepdims=True), np.float32(10 * _UNKNOWN), flow)
+    head = np.array(_MAGIC, "<f4").tobytes() + np.array([width, height], "<i4").tobytes()
+    return head + known.astype("<f4").tobytes()
+
+
 def _pair(folder: Path, source: int, target: int) -> Pair:
     group, name = folder.parent.name, folder.name
     mark = folder / "flip_gt.txt"

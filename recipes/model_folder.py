@@ -5,7 +5,6 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from torch import Tensor, nn
 
 from repkit.datasets.fashion_mnist import CLASSES
 from repkit.recipes.mini_models import build_network, mini_model, predict
+from repkit.sampling import sample as from_noise
+from repkit.sampling import sampling_times
 from repkit.schedule import Schedule
 from repkit.zeroshot.weighttable import WeightTable
 from repkit.zoo import EVIDENCE_WEIGHTS
@@ -87,14 +88,11 @@ def sample(
     network: nn.Module, schedule: Schedule, labels: Int64[Tensor, " b"], *, size: int, seed: int = 0, steps: int = 50
 ) -> Float[Tensor, "b 1 h w"]:
     """Images in [-1, 1] by the deterministic sampler: DDIM for discrete schedules, Euler steps for a flow."""
-    x_t = torch.randn(len(labels), 1, size, size, generator=torch.Generator().manual_seed(seed))
-    times = schedule.time_at(torch.linspace(1 - 1e-6, 0, steps + 1))
-    assert isinstance(times, Tensor)
-    for t, following in pairwise(times):
-        prediction = predict(network, x_t, t.expand(len(labels)), labels)
-        x0, eps = (schedule.convert(prediction, x_t, t, to=kind) for kind in ("x0", "eps"))
-        x_t = schedule.add_noise(x0, eps, following)
-    return x_t.clamp(-1, 1)
+    noise = torch.randn(len(labels), 1, size, size, generator=torch.Generator().manual_seed(seed))
+    times = sampling_times(schedule, steps)
+    return from_noise(
+        schedule, lambda x_t, t: predict(network, x_t, t.expand(len(labels)), labels), noise, times
+    ).clamp(-1, 1)
 
 
 def _save_network(network: Any, folder: Path, component: str) -> None:

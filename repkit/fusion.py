@@ -114,11 +114,12 @@ class Fused(Extractor):
     An image is resized once, as the part with the largest images does it, and from there to each other part's size,
     so that all see the same region: all parts must have the same policy, and with "crop" and "pad" sizes of the same
     proportions. Tensors are taken to be of the size of `resize`; another size scales all parts' by the same factor.
+    cond: what all parts that take one are told, in place of their own.
     Raises ValueError for parts that do not go together.
     """
 
-    def __init__(self, parts: Sequence[Part], *, grid: str | tuple[int, ...] = "finest") -> None:
-        self.parts = tuple(parts)
+    def __init__(self, parts: Sequence[Part], *, grid: str | tuple[int, ...] = "finest", cond: Cond = None) -> None:
+        self.parts, self.cond = tuple(parts), cond
         if not any(part.weight for part in self.parts):
             raise ValueError(f"{len(self.parts)} parts, none of a weight above 0; give at least one Part(extractor)")
         self.resize = common_resize([part.extractor.resize for part in self.parts])
@@ -133,6 +134,7 @@ class Fused(Extractor):
         grad=True keeps the graph, so that features can be differentiated with respect to the images. Non-finite
         features raise FloatingPointError, unless check=False leaves them to the caller.
         """
+        cond = self.cond if cond is None else cond
         if cond is not None and not _takes_cond(self):
             raise ValueError(f"no part takes a condition; leave cond out instead of giving {cond!r}")
         # Each extractor moves its own images to where it computes.
@@ -145,8 +147,7 @@ class Fused(Extractor):
         maps = [[found[part.extractor][key] for key in part.chosen] for part in self.parts]
         fused = self._fuse(maps, grad)
         mask = None if batch.mask is None else batch.mask.to(fused.device)
-        told = {} if cond is None else {"cond": cond if isinstance(cond, str | int) else list(cond)}
-        identity = {**self.identity, **told, "resize": resize_identity(self.resize, height, width)}
+        identity = {**self.identity, **_told(cond), "resize": resize_identity(self.resize, height, width)}
         return Features({KEY: fused}, (height, width), mask, identity)
 
     def _fuse(self, maps: Sequence[Sequence[Tensor]], grad: bool) -> Float[Tensor, "b c h w"]:
@@ -178,14 +179,21 @@ class Fused(Extractor):
             "parts": parts,
             "grid": self.grid if self.grid == "finest" else list(self.grid),
             "resize": self.resize.identity,
+            **_told(self.cond),
             **_unrepeatable([part["extractor"] for part in parts]),
         }
 
     def learn(self, conds: Iterable[Cond] | None = None, told: Told | None = None) -> None:
         """Have every part encode what images will be told, then let go of its text encoders."""
-        known = None if conds is None else list(conds)
+        own = None if self.cond is None else [self.cond]
+        known = own if conds is None else list(conds)
         for extractor in dict.fromkeys(part.extractor for part in self.parts):
             extractor.learn(known if _takes_cond(extractor) else None, told)
+
+
+def _told(cond: Cond) -> dict[str, Any]:
+    """A condition as an identity has it."""
+    return {} if cond is None else {"cond": cond if isinstance(cond, str | int) else list(cond)}
 
 
 def _takes_cond(extractor: Extractor) -> bool:

@@ -34,6 +34,21 @@ def test_script_writes_finite_figures(tmp_path, capsys, script, title, options):
     assert page.read_text().split(f"## {title}\n")[1].strip() == capsys.readouterr().out.strip()
 
 
+@pytest.mark.parametrize(
+    ("script", "title", "options"),
+    [
+        ("matching", "Matching", ["--rounds", "1", "--shrink", "16", "--images", "3"]),
+        ("correspondence", "Correspondence", ["--images", "1", "--repeats", "1", "--points", "3", "--sizes", "32"]),
+    ],
+)
+def test_script_of_correspondence_writes_finite_figures(tmp_path, capsys, script, title, options):
+    page = tmp_path / "page.md"
+    import_module(script).main([*options, "--page", str(page)])
+    found = figures(page, title)
+    assert len(found) > 8 and all(math.isfinite(value) and value >= 0 for value in found)
+    assert page.read_text().split(f"## {title}\n")[1].strip() in capsys.readouterr().out
+
+
 def test_section_replaces_its_own_and_keeps_the_others(tmp_path):
     page, write = tmp_path / "page.md", import_module("measuring").write_section
     write(page, "B", "old\n\n### deeper\n\ntext")

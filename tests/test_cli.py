@@ -29,7 +29,14 @@ from tests import tiny, tiny_sd, tiny_sit
 from tests.export_cases import hashes, write_image, write_images
 
 HELP = Path(__file__).parent / "help"
-COMMANDS = ["models", "blocks", "extract", "probe", "visualize", "index", "search", "classify", "evaluate", "demo"]
+BENCHMARKS = [
+    f"evaluate {name}" for name in "winoground selfbench captions spair pf-pascal pf-willow tss pairs".split()
+]
+COMMANDS = [
+    *BENCHMARKS,
+    *"models blocks presets extract probe visualize index".split(),
+    *"search classify evaluate match swap transfer propagate demo".split(),
+]
 TAPS = ["-t", "mid,up.0@50"]
 
 
@@ -106,7 +113,7 @@ def test_help_is_the_one_on_record(command, repkit, monkeypatch):
 def test_every_command_has_its_help_on_record():
     assert {path.stem for path in HELP.glob("*.txt")} == {"repkit", *COMMANDS}
     listed = re.findall(r"^  ([a-z]+)  ", (HELP / "repkit.txt").read_text().partition("Commands:")[2], re.MULTILINE)
-    assert set(listed) == {*COMMANDS, "pretrain"}  # whose help is the recipe's
+    assert set(listed) == {*COMMANDS, "pretrain"} - {*BENCHMARKS}  # the recipe tells its own help
 
 
 def test_no_arguments_show_the_help(repkit):
@@ -132,7 +139,7 @@ def test_help_imports_nothing_heavy():
     code = f"""
 import sys
 from repkit.cli import main
-for command in {[[], *([name] for name in COMMANDS)]}:
+for command in {[[], *(name.split() for name in COMMANDS)]}:
     try:
         main([*command, "--help"])
     except SystemExit as stop:
@@ -394,6 +401,8 @@ def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
         ("models --json", {"models"}),
         ("models mini-unet --json", {"name", "figures", "card"}),
         ("blocks mini-unet --json", {"model", "size", "blocks"}),
+        ("presets --json", {"presets"}),
+        ("presets sd-dino --json", {"name", "parts", "method", "protocol", "differs"}),
         (
             "extract {clothes} -m mini-unet -t mid,up.0@50 -o {store} --pool 2x2 --json",
             {"images", "failed", "keys", "out"},
@@ -402,6 +411,8 @@ def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
         ("probe {store} --json", {"key", "test_accuracy", "confusion", "picture"}),
         ("index {store} -o {out} --key mid@50 --json", {"vectors", "dimension", "key", "out"}),
         ("search {index} {query} --json", {"image", "hits"}),
+        ("match {query} {query} -m mini-unet -t up.1@50 -o {out}.png --json", {"matches", "mirrored", "table", "out"}),
+        ("swap {query} {query} --mask {query} -m mini-unet -t up.1@50 -o {out}.png --json", {"pixels", "out"}),
         ("classify {query} -m mini-dit --evaluations 2 --json", {"images", "weighting", "calibrated"}),
         ("evaluate captions {asked} -m mini-unet -o {out} --evaluations 1 --json", {"benchmark", "scores", "out"}),
     ],
@@ -419,7 +430,7 @@ def test_json_is_one_object_and_all_of_stdout(arguments, keys, repkit, clothes, 
 
 def test_every_command_that_has_json_was_tried():
     assert {path.stem for path in HELP.glob("*.txt") if "--json" in path.read_text()} == {
-        "models", "blocks", "extract", "probe", "index", "search", "evaluate", "classify"
+        *"models blocks presets extract probe index search classify match swap transfer propagate".split(), *BENCHMARKS
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ NUMERIC = [
 ]
 CORE = [
     *NUMERIC,
-    *"backbones.conditions backbones.hashing backbones.prompts backbones.base backbones".split(),
+    *"backbones.conditions backbones.hashing backbones.prompts backbones.base backbones sampling".split(),
     *"trimming extractors dino mirrored bases fusion listing zeroshot".split(),
     *"decoding shards planning pipeline store exporting indexfiles retrieval".split(),
     *"pipelinefolder checkpoints catalog hub overlays outlines zoo progress".split(),

@@ -15,7 +15,7 @@ from repkit.backbones.adm_unet import ADMUNet
 from repkit.backbones.base import Backbone
 from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
-from repkit.backbones.latents import encode_pixels
+from repkit.backbones.latents import decode_pixels, encode_pixels
 from repkit.backbones.parts import Parts
 from repkit.capture import Point
 from repkit.schedule import Schedule
@@ -33,6 +33,9 @@ class ADM(Backbone):
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c H W"]:
         return encode_pixels(images, self.model.config["in_channels"])
+
+    def decode(self, x0: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
+        return decode_pixels(x0)
 
     def condition(self, cond: Cond, batch: int) -> Condition:
         classes = self.model.config["num_classes"]

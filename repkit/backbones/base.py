@@ -26,7 +26,7 @@ from repkit.taps import parse_blocks
 
 # Attention on CPUs, which older torch does not count.
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_UNCOUNTED = {_CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
+UNCOUNTED = {_CPU_ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ class Backbone(ABC):
     @abstractmethod
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         """Images, RGB in [0, 1] at a valid size, to the clean latents x0 the network works on."""
+
+    def decode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        """Clean latents to images, RGB clipped to [0, 1]; ValueError where nothing makes images of the latents."""
+        raise ValueError(
+            f"{self.name} cannot generate images, for nothing turns its latents back into pixels; take a model on "
+            "pixels or on the latents of an autoencoder"
+        )
 
     @abstractmethod
     def condition(self, cond: Cond, batch: int) -> Condition:
@@ -213,7 +220,7 @@ class Backbone(ABC):
         self.check_size(height, width)
         points, spent = {block: self.point(block) for block in blocks}, dict[Point, int]()
         with self._shapes_only(height, width) as (x_t, condition):
-            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+            with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
                 raw = capture(
                     self.model,
                     list(points.values()),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repkit.backbones.base import Backbone
 from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
-from repkit.backbones.latents import Latent, encode_pixels, encode_vae, latent_stride
+from repkit.backbones.latents import Latent, decode_pixels, decode_vae, encode_pixels, encode_vae, latent_stride
 from repkit.backbones.parts import Parts
 from repkit.capture import Point
 from repkit.schedule import Schedule
@@ -43,6 +43,9 @@ class DiT(Backbone):
         if self.vae is None:
             return encode_pixels(images, self.model.config.in_channels)
         return encode_vae(self.vae, images, self.latent)
+
+    def decode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        return decode_pixels(x0) if self.vae is None else decode_vae(self.vae, x0)
 
     def condition(self, cond: Cond, batch: int) -> Condition:
         count = self._classes

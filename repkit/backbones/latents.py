@@ -1,9 +1,9 @@
-"""Images to clean latents: pixels as they are, or the posterior of an autoencoder."""
+"""Images to clean latents and back: pixels as they are, or an autoencoder's posterior and its decoder."""
 
 from typing import Any, Literal
 
 import torch
-from einops import einsum
+from einops import einsum, repeat
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,13 +21,28 @@ def encode_pixels(images: Float[Tensor, "b 3 H W"], channels: int) -> Float[Tens
     return images * 2 - 1
 
 
+def decode_pixels(x0: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
+    """The inverse of `encode_pixels`, clipped; of one channel it is a grey image."""
+    images = (x0.float() + 1) / 2
+    return (repeat(images, "b 1 h w -> b c h w", c=3) if x0.shape[1] == 1 else images).clamp(0, 1)
+
+
 def encode_vae(vae: Any, images: Float[Tensor, "b 3 H W"], latent: Latent) -> Float[Tensor, "b c h w"]:
     """The mode, or a sample, of the autoencoder's posterior, shifted and scaled as the denoiser was trained on it."""
     images = (images * 2 - 1).to(next(vae.parameters()).dtype)
     posterior = vae.encode(images).latent_dist
     x0 = posterior.mode() if latent == "mode" else posterior.sample()
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    return (x0.float() - shift) * vae.config.scaling_factor
+    return (x0.float() - _shift(vae)) * vae.config.scaling_factor
+
+
+def decode_vae(vae: Any, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+    """What the autoencoder makes of latents as the denoiser has them, clipped."""
+    latents = (x0.float() / vae.config.scaling_factor + _shift(vae)).to(next(vae.parameters()).dtype)
+    return ((vae.decode(latents).sample.float() + 1) / 2).clamp(0, 1)
+
+
+def _shift(vae: Any) -> float:
+    return getattr(vae.config, "shift_factor", None) or 0.0
 
 
 def latent_stride(vae: Any, channels: int, name: str) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repkit.backbones.base import Backbone
 from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
-from repkit.backbones.latents import Latent, encode_pixels, encode_vae, vae_stride
+from repkit.backbones.latents import Latent, decode_pixels, decode_vae, encode_pixels, encode_vae, vae_stride
 from repkit.backbones.options import COUNT, NUMBERS, TEXT, TEXTS, Kind, check_options, one_of
 from repkit.backbones.parts import Parts
 from repkit.backbones.sit_weights import NetworkTime, network_time, read_network
@@ -73,6 +73,11 @@ class SiT(Backbone):
         if self.vae is not None:
             return encode_vae(self.vae, images, self.latent)
         return encode_pixels(images, self.model.config["in_channels"])
+
+    def decode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        if self.features is not None:
+            return super().decode(x0)
+        return decode_pixels(x0) if self.vae is None else decode_vae(self.vae, x0)
 
     def condition(self, cond: Cond, batch: int) -> Condition:
         count = self.classes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from repkit.backbones.base import Backbone
 from repkit.backbones.conditions import Cond, Condition
-from repkit.backbones.latents import Latent, encode_vae, latent_stride
+from repkit.backbones.latents import Latent, decode_vae, encode_vae, latent_stride
 from repkit.backbones.prompts import Encoders, Prompts, TextEncoders
 from repkit.schedule import Schedule
 
@@ -47,6 +47,9 @@ class TextOnLatents(Backbone):
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c h w"]:
         return encode_vae(self.vae, images, self.latent)
+
+    def decode(self, x0: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 H W"]:
+        return decode_vae(self.vae, x0)
 
     def condition(self, cond: Cond, batch: int) -> Condition:
         return self.prompts.condition(cond, batch, self.device, self.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from repkit.backbones.base import Backbone
 from repkit.backbones.conditions import Cond, Condition
 from repkit.backbones.labels import class_labels
-from repkit.backbones.latents import encode_pixels
+from repkit.backbones.latents import decode_pixels, encode_pixels
 from repkit.backbones.parts import Parts
 from repkit.backbones.unet_points import unet_points
 from repkit.capture import Point
@@ -35,6 +35,9 @@ class UNet(Backbone):
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b c H W"]:
         return encode_pixels(images, self.model.config.in_channels)
+
+    def decode(self, x0: Float[Tensor, "b c H W"]) -> Float[Tensor, "b 3 H W"]:
+        return decode_pixels(x0)
 
     def condition(self, cond: Cond, batch: int) -> Condition:
         if not self._labels:

@@ -9,10 +9,15 @@ from repkit.cli.classify import classify
 from repkit.cli.demo import demo
 from repkit.cli.evaluate import evaluate
 from repkit.cli.extract import extract
+from repkit.cli.match import match
 from repkit.cli.models import blocks, models
+from repkit.cli.presets import presets
 from repkit.cli.pretrain import pretrain
 from repkit.cli.probe import probe
+from repkit.cli.propagate import propagate
 from repkit.cli.search import index, search
+from repkit.cli.swap import swap
+from repkit.cli.transfer import transfer
 from repkit.cli.visualize import visualize
 
 app = typer.Typer(
@@ -43,8 +48,24 @@ def root(version: Annotated[bool, typer.Option("--version", help="print the vers
         raise typer.Exit()
 
 
-for command in (models, blocks, extract, probe, visualize, index, search, classify, evaluate, demo):
+for command in (
+    models,
+    blocks,
+    presets,
+    extract,
+    probe,
+    visualize,
+    index,
+    search,
+    classify,
+    match,
+    swap,
+    transfer,
+    propagate,
+    demo,
+):
     app.command()(command)
+app.add_typer(evaluate, name="evaluate")
 # The recipe reads its own flags.
 _BARE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 app.command(context_settings=_BARE)(pretrain)

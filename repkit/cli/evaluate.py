@@ -1,33 +1,30 @@
-"""Benchmarks of a whole model: does it match images with captions."""
+"""Benchmarks: does a model match images with captions, and do its features match points of images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from repkit.cli.evaluate_pairs import pairs, pf_pascal, pf_willow, spair, tss
 from repkit.cli.mistakes import NONE_SUCCEEDED, SOME_FAILED
 from repkit.cli.options import Config, Denoiser, Device, Json, Lora, Precision, Seed, Vae
 from repkit.cli.printing import print_json, say
+from repkit.cli.sharing import sharing
 
 if TYPE_CHECKING:
-    from repkit.backbones.base import Backbone
     from repkit.datasets.captions import Example
     from repkit.tasks.compositional import CompositionalReport, Share
 
-Benchmark = Literal["winoground", "selfbench", "captions"]
 MEAN = "mean of tags"
 FIRST_FAILURES = 3
+Root = Annotated[Path, typer.Argument(help="folder of the benchmark as it is published")]
+
+evaluate = typer.Typer(help="Score a model on a benchmark.", rich_markup_mode=None)
 
 
-def evaluate(
-    benchmark: Annotated[Benchmark, typer.Argument(help="captions: a .csv or .parquet list of your own")],
-    root: Annotated[Path, typer.Argument(help="folder of the benchmark as it is published, or the list")],
+def _options(
     model: Annotated[str, typer.Option("--model", "-m", help="name of repkit models, folder, file or hub id")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="folder of the scores; else BENCHMARK-MODEL")] = None,
-    generator: Annotated[str | None, typer.Option(help="selfbench: folder of the model that made the images")] = None,
-    cfg: Annotated[str | None, typer.Option(help="selfbench: folder of the guidance scale, e.g. 9.0")] = None,
-    correct: Annotated[bool, typer.Option("--correct", help="selfbench: images that people found right")] = False,
-    fine: Annotated[bool, typer.Option("--fine", help="winoground: also by the fine tags")] = False,
     evaluations: Annotated[int, typer.Option(min=1, help="noise levels, for each image and caption")] = 32,
     weighting: Annotated[str, typer.Option(help="of the levels: train, elbo, min-snr, ...")] = "train",
     loss: Annotated[Literal["l2", "l1", "huber"], typer.Option(help="summed over dimensions")] = "l2",
@@ -43,12 +40,89 @@ def evaluate(
     config: Config = None,
     prompt_cache: Annotated[str | None, typer.Option(help="folder that keeps encoded prompts")] = None,
     as_json: Json = False,
+) -> dict[str, Any]:
+    return dict(locals())
+
+
+@evaluate.command()
+@sharing(_options)
+def winoground(
+    root: Root,
+    fine: Annotated[bool, typer.Option("--fine", help="also by the fine tags")] = False,
+    *,
+    shared: dict[str, Any],
 ) -> None:
-    """Measure how well a model matches images with captions.
+    """Match images with captions: Winoground.
+
+    Kill it at any time: the same command goes on where it stopped.
+    """
+    from repkit.datasets.winoground import read_winoground
+
+    _score("winoground", read_winoground(root, fine=fine), **shared)
+
+
+@evaluate.command()
+@sharing(_options)
+def selfbench(
+    root: Root,
+    generator: Annotated[str | None, typer.Option(help="folder of the model that made the images")] = None,
+    cfg: Annotated[str | None, typer.Option(help="folder of the guidance scale, e.g. 9.0")] = None,
+    correct: Annotated[bool, typer.Option("--correct", help="images that people found right")] = False,
+    *,
+    shared: dict[str, Any],
+) -> None:
+    """Match images with captions: SelfBench.
+
+    Kill it at any time: the same command goes on where it stopped.
+    """
+    from repkit.datasets.selfbench import read_selfbench
+
+    _score("selfbench", read_selfbench(root, generator=generator, cfg=cfg, correct=correct), **shared)
+
+
+@evaluate.command()
+@sharing(_options)
+def captions(
+    root: Annotated[Path, typer.Argument(help="a .csv or .parquet list of your own")],
+    *,
+    shared: dict[str, Any],
+) -> None:
+    """Match images with captions: data of your own.
 
     A list has a row an example: image, caption_0, caption_1, ... and right (a number); or a row an image: pair, image
     and caption. Both may have id and tag. Kill it at any time: the same command goes on where it stopped.
     """
+    from repkit.datasets.captions import read_captions
+
+    _score("captions", read_captions(root), **shared)
+
+
+for name, command in {
+    "spair": spair,
+    "pf-pascal": pf_pascal,
+    "pf-willow": pf_willow,
+    "tss": tss,
+    "pairs": pairs,
+}.items():
+    evaluate.command(name)(command)
+
+
+def _score(
+    benchmark: str,
+    examples: "list[Example]",
+    *,
+    model: str,
+    out: Path | None,
+    evaluations: int,
+    weighting: str,
+    loss: Literal["l2", "l1", "huber"],
+    seed: int,
+    batch_size: int,
+    device: str,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Score the examples; given: what `load` takes, as on the command line."""
     from repkit.progress import Progress
     from repkit.tasks.building import DTYPES, check_device, read_config, read_lora
     from repkit.tasks.caption_scores import SCORES
@@ -56,22 +130,13 @@ def evaluate(
     from repkit.tasks.judging import Judge
     from repkit.zoo import load
 
-    _refuse_options(benchmark, {"--generator": generator, "--cfg": cfg, "--correct": correct}, {"--fine": fine})
-    examples = _read(benchmark, root, {"generator": generator, "cfg": cfg, "correct": correct}, fine)
     images = sum(len(example.images) for example in examples)
     say(f"{len(examples)} examples with {images} images")
     check_device(device)
-    given: dict[str, Any] = {
-        "dtype": DTYPES[precision],
-        "revision": revision,
-        "offline": offline,
-        "prompt_cache": prompt_cache,
-        "lora": [read_lora(one) for one in lora or []],
-        "denoiser": denoiser,
-        "vae": vae,
-        "config": read_config(config or []) or None,
-    }
-    backbone: Backbone = load(model, device=device, **given)
+    given["dtype"] = DTYPES[given.pop("precision")]
+    given["lora"] = [read_lora(one) for one in given["lora"] or []]
+    given["config"] = read_config(given["config"] or []) or None
+    backbone = load(model, device=device, **given)
     judge = Judge(backbone, evaluations, weighting=weighting, loss=loss, seed=seed, batch_size=batch_size)
     folder = out or Path(f"{benchmark}-{Path(model).name}")
     with Progress("evaluate") as progress:
@@ -83,24 +148,6 @@ def evaluate(
         _print_report(report)
         print(f"\nevery score: {folder / SCORES}")
     _tell_failures(report, images)
-
-
-def _read(benchmark: Benchmark, root: Path, selfbench: dict[str, Any], fine: bool) -> "list[Example]":
-    from repkit.datasets.captions import read_captions
-    from repkit.datasets.selfbench import read_selfbench
-    from repkit.datasets.winoground import read_winoground
-
-    if benchmark == "winoground":
-        return read_winoground(root, fine=fine)
-    return read_selfbench(root, **selfbench) if benchmark == "selfbench" else read_captions(root)
-
-
-def _refuse_options(benchmark: Benchmark, selfbench: dict[str, Any], winoground: dict[str, Any]) -> None:
-    """Raise ValueError for an option that is another benchmark's."""
-    for owner, options in (("selfbench", selfbench), ("winoground", winoground)):
-        given = [name for name, value in options.items() if value]
-        if given and owner != benchmark:
-            raise ValueError(f"{given[0]} is for {owner}, not for {benchmark}; leave it out")
 
 
 def _print_report(report: "CompositionalReport") -> None:

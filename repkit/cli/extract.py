@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,13 +11,14 @@ from repkit.cli.options import (
     Config,
     Denoiser,
     Device,
+    Dino,
     Images,
     Json,
     Lora,
-    Model,
     Noise,
     Policy,
     Precision,
+    Preset,
     Seed,
     Size,
     Taps,
@@ -32,17 +33,22 @@ if TYPE_CHECKING:
 
 def extract(
     images: Images,
-    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder of the feature store; an unfinished one goes on")],
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="name of repkit models, folder, file, hub id, or timm:NAME"),
+    ] = None,
     taps: Taps = None,
+    preset: Preset = None,
+    dino: Dino = None,
     pool: Annotated[str, typer.Option(help="mean, max, gem, NxN such as 2x2, or none")] = "mean",
     dtype: Annotated[Precision, typer.Option(help="of the stored features")] = "float32",
     size: Size = None,
-    resize: Annotated[Policy, typer.Option(help="for images of another shape")] = "crop",
+    resize: Annotated[Policy | None, typer.Option(help="for images of another shape; default: crop")] = None,
     prompt: Annotated[str | None, typer.Option(help="condition; may use {label}, {id}, {split}")] = None,
-    draws: Annotated[int, typer.Option(min=1, help="average over so many noises")] = 1,
+    draws: Annotated[int | None, typer.Option(min=1, help="average over so many noises; default: 1")] = None,
     seed: Seed = 0,
-    noise: Annotated[Noise, typer.Option(help="what the noise depends on")] = "image",
+    noise: Annotated[Noise | None, typer.Option(help="what the noise depends on; default: image")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     shard_size: Annotated[int, typer.Option(min=1, help="images a shard")] = 1024,
     workers: Annotated[int, typer.Option(min=0, help="decoding: 0 in line, 1 a thread, n processes")] = 1,
@@ -66,47 +72,45 @@ def extract(
 ) -> None:
     """Export features of images to a store.
 
-    Kill it at any time: the same command goes on where it stopped.
+    Kill it at any time: the same command goes on where it stopped. With --preset or --dino, what all models find is one
+    map: each one's unit vectors, side by side, under the key "fused"; options that are left out are the preset's.
     """
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for timm, which has no such argument; read when the hub is imported
 
     from repkit.exporting import estimate_bytes, export
-    from repkit.images import Resize
     from repkit.listing import list_images
     from repkit.planning import check_conditions, make_conditions
     from repkit.progress import Progress
-    from repkit.tasks.building import build_extractor, read_config, read_lora
+    from repkit.tasks.building import read_config, read_lora
 
-    if size is None and resize != "crop":
-        raise ValueError(f"--resize {resize} needs --size; without a size, images are cropped to the model's own")
     listing = list_images(images)
-    extractor = build_extractor(
-        model,
-        taps or [],
-        resize=Resize(size, resize) if size else None,
-        draws=draws,
-        seed=seed,
-        noise=noise,
-        device=device,
-        dtype=precision,
-        vae_dtype=vae_dtype,
-        channels_last=channels_last,
-        compile=compile,
-        trim=trim,
-        revision=revision,
-        offline=offline,
-        lora=[read_lora(one) for one in lora or []],
-        denoiser=denoiser,
-        vae=vae,
-        config=read_config(config or []),
-        prompt_cache=prompt_cache,
-    )
+    options: dict[str, Any] = {
+        "seed": seed,
+        "noise": noise,
+        "device": device,
+        "dtype": precision,
+        "vae_dtype": vae_dtype,
+        "channels_last": channels_last,
+        "compile": compile,
+        "trim": trim,
+        "revision": revision,
+        "offline": offline,
+        "lora": [read_lora(one) for one in lora or []],
+        "denoiser": denoiser,
+        "vae": vae,
+        "config": read_config(config or []),
+        "prompt_cache": prompt_cache,
+    }
+    if preset is None and dino is None:
+        extractor = _plain(model, taps or [], size, resize, draws, options)
+        what = f"{len(extractor.blocks)} tap{'s' * (len(extractor.blocks) > 1)} of {model}"
+    else:
+        extractor, what = _fused(preset, model, taps, dino, size, resize, draws, prompt, options)
     with blaming("--prompt", prompt):
         check_conditions(extractor, make_conditions(listing, prompt))
     need = estimate_bytes(len(listing), extractor, pool, dtype)
-    taps_of = f"{len(extractor.blocks)} tap{'s' * (len(extractor.blocks) > 1)} of {model}"
-    say(f"{len(listing)} images, {taps_of}, about {in_bytes(need)} in {out}")
+    say(f"{len(listing)} images, {what}, about {in_bytes(need)} in {out}")
     if dry_run:
         _print_plan(extractor, len(listing), need, out, as_json)
         return
@@ -129,6 +133,52 @@ def extract(
     _print_store(store, out, as_json)
     if store.failures.num_rows:
         raise typer.Exit(SOME_FAILED if len(store) else NONE_SUCCEEDED)
+
+
+def _plain(
+    model: str | None,
+    taps: list[str],
+    size: int | None,
+    resize: Policy | None,
+    draws: int | None,
+    options: dict[str, Any],
+) -> "Extractor":
+    from repkit.images import Resize
+    from repkit.tasks.building import build_extractor
+
+    if model is None:
+        raise ValueError("no model; give -m MODEL with -t TAPS, or --preset NAME (repkit presets lists them)")
+    if size is None and resize not in (None, "crop"):
+        raise ValueError(f"--resize {resize} needs --size; without a size, images are cropped to the model's own")
+    chosen = Resize(size, resize or "crop") if size else None
+    return build_extractor(
+        model, taps, resize=chosen, draws=draws or 1, **options | {"noise": options["noise"] or "image"}
+    )
+
+
+def _fused(
+    preset: str | None,
+    model: str | None,
+    taps: list[str] | None,
+    dino: str | None,
+    size: int | None,
+    resize: Policy | None,
+    draws: int | None,
+    prompt: str | None,
+    options: dict[str, Any],
+) -> tuple["Extractor", str]:
+    """What a preset, or a model and a DINO beside it, makes of an image, and what that is in words."""
+    from repkit.tasks.presets import build_fused, choose
+
+    policy = resize if preset else resize or "crop"
+    chosen = choose(preset, model, taps, dino, size=size, policy=policy, draws=draws)
+    used, extractor = build_fused(chosen, **options)
+    if any(part.pca for part in used.parts):
+        say(f"{used.name} takes principal components of two images together; alone, an image keeps all channels")
+    templates = [part.cond for part in used.parts if part.cond is not None]
+    if templates and prompt is None:
+        say(f"{used.name} tells its network {templates[0]!r}; give that as --prompt if the images have labels")
+    return extractor, " + ".join(f"{part.model} at {part.size} px" for part in used.parts)
 
 
 def _print_plan(extractor: "Extractor", images: int, need: int, out: Path, as_json: bool) -> None:

@@ -22,3 +22,14 @@ Vae = Annotated[str | None, typer.Option(help="another autoencoder: folder or ow
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout")]
 Seed = Annotated[int, typer.Option(help="seed of the noise")]
+Preset = Annotated[str | None, typer.Option(help="published method of repkit presets, in place of -m and -t")]
+PresetModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="as in extract; with --preset, its diffusion model")
+]
+Dino = Annotated[str | None, typer.Option(help="timm model of the DINO part, or of one beside -m")]
+Label = Annotated[str | None, typer.Option(help="what the images show, for {label} in the prompt")]
+Prompt = Annotated[str | None, typer.Option(help="what the network is told; may use {label}")]
+PairPolicy = Annotated[Literal["squash", "pad"] | None, typer.Option("--resize", help="for images of another shape")]
+Draws = Annotated[int | None, typer.Option(min=1, help="average over so many noises")]
+Weights = Annotated[str | None, typer.Option(help="of the parts of a fusion, such as 1,0.5")]
+Offline = Annotated[bool, typer.Option("--offline", help="never ask the network")]

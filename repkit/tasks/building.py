@@ -1,7 +1,8 @@
 """From names and flags to an extractor, and from a store's manifest back to the extractor that made it."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from repkit.backbones.conditions import Cond
 from repkit.dino import DinoExtractor
 from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import Identity, identity_differences
+from repkit.fusion import Fused, Part
 from repkit.images import Resize
+from repkit.mirrored import Mirrored
 from repkit.retrieval import prompts_of_their_own
 from repkit.zoo import load
 
@@ -20,11 +23,23 @@ PYTHON = {"True": True, "False": False, "None": None}  # which JSON writes in sm
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@dataclass(frozen=True)
+class Sides:
+    """Which sides, in pixels, a model's images may have: multiples of `step`, or where that is None only its `own`."""
+
+    own: int
+    step: int | None
+
+    def nearest(self, size: int) -> int:
+        """The valid side that is nearest to a size."""
+        return self.own if self.step is None else max(1, round(size / self.step)) * self.step
+
+
 def build_extractor(
     model: str,
     taps: Sequence[str],
     *,
-    resize: Resize | None = None,
+    resize: Resize | Callable[[Sides], Resize] | None = None,
     cond: Cond = None,
     draws: int = 1,
     seed: int = 0,
@@ -40,6 +55,7 @@ def build_extractor(
 ) -> Extractor:
     """An extractor by name: `timm:NAME` is a DinoExtractor, anything else a diffusion backbone as `load` takes it.
 
+    resize: also what chooses one, once the model is loaded, by the sides that it takes.
     changes: what else `load` takes: lora, denoiser, vae, prompt_cache and so on, dtypes by their names; what is None
     or empty is left out.
     """
@@ -51,12 +67,25 @@ def build_extractor(
     if "vae_dtype" in changes:
         changes["vae_dtype"] = _dtype(changes["vae_dtype"])
     if model.startswith("timm:"):
-        return DinoExtractor(model, taps or ("norm",), resize=resize, device=device, dtype=_dtype(dtype))
+        return _build_dino(model, taps or ("norm",), resize, device, _dtype(dtype))
     if not taps:
         raise ValueError(f"no taps for {model}; give -t BLOCKS@TIMES, for example -t mid@100 (blocks: repkit blocks)")
     backbone = load(model, device=device, dtype=_dtype(dtype), revision=revision, offline=offline, **changes)
+    if callable(resize) and not isinstance(resize, Resize):  # a Resize is called with an image
+        resize = resize(Sides(backbone.size, None if backbone.square else backbone.multiple))
     settings: dict[str, Any] = {"resize": resize, "cond": cond, "draws": draws, "seed": seed, "noise": noise}
     return DiffusionExtractor(backbone, taps, compile=compile, trim=trim, discard=discard, **settings)
+
+
+def _build_dino(model: str, taps: Sequence[str], resize: Any, device: str, dtype: torch.dtype) -> DinoExtractor:
+    if resize is None or isinstance(resize, Resize):
+        return DinoExtractor(model, taps, resize=resize, device=device, dtype=dtype)
+    loaded = DinoExtractor(model, taps, device=device, dtype=dtype)
+    step = max(loaded.model.patch_embed.feat_ratio(as_scalar=False))
+    chosen = resize(Sides(loaded.resize.shape[0], step if loaded.model.dynamic_img_size else None))
+    extractor = DinoExtractor(loaded.model, taps, resize=chosen)
+    extractor.name, extractor.provenance = loaded.name, loaded.provenance
+    return extractor
 
 
 def rebuild_extractor(
@@ -64,23 +93,20 @@ def rebuild_extractor(
 ) -> Extractor:
     """The extractor that an identity describes; `model` overrides where the weights are loaded from.
 
+    Of a fusion, it is for the diffusion models, or as timm:NAME for the DINO models.
     Raises ValueError, naming each difference, when what was built is not that extractor.
     """
-    if "taps" not in identity:
-        parts = f" of {len(identity['parts'])} extractors" if "parts" in identity else ""
-        raise ValueError(
-            f"these features are fused{parts}, which no model's name makes again; in Python, extract the query with "
-            "the same Fused and search by its features"
-        )
+    if identity.get("mirrored"):
+        plain = {name: value for name, value in identity.items() if name != "mirrored"}
+        return Mirrored(rebuild_extractor(plain, provenance, model=model, device=device))
+    if "parts" in identity:
+        return _rebuild_fused(identity, provenance, model, device)
     source = model or provenance.get("model")
     if source is None:
         raise ValueError("the model these features came from was not loaded by name; say which it is with -m MODEL")
     cond = identity.get("cond")
     if told := prompts_of_their_own(cond):
-        raise ValueError(
-            f"each image was told {told}, which a query does not have; in Python, extract the query with a prompt, "
-            "pool its features and search by that array"
-        )
+        raise ValueError(_told_apart(told))
     extractor = build_extractor(
         source,
         list(identity["taps"]),
@@ -98,6 +124,39 @@ def rebuild_extractor(
     if differences := identity_differences(dict(extractor.identity), dict(identity)):
         raise ValueError(f"{source} is not what made these features: {'; '.join(differences)}")
     return extractor
+
+
+def _rebuild_fused(identity: Identity, provenance: Mapping[str, Any], model: str | None, device: str) -> Fused:
+    if any("bases" in part for part in identity["parts"]):
+        raise ValueError(
+            "these features are fused with principal components, which are not in the store; in Python, extract the "
+            "query with the same Fused and search by its features"
+        )
+    if told := prompts_of_their_own(identity.get("cond")):
+        raise ValueError(_told_apart(told))
+    known: dict[str, Extractor] = {}  # parts may share an extractor
+    parts = []
+    for part, loaded in zip(identity["parts"], provenance.get("parts") or [{}] * len(identity["parts"]), strict=True):
+        name = json.dumps(part["extractor"], sort_keys=True)
+        if name not in known:
+            known[name] = rebuild_extractor(part["extractor"], loaded, model=_meant(model, part), device=device)
+        parts.append(Part(known[name], part["weight"], part["keys"], part["key_weights"]))
+    grid = identity["grid"] if isinstance(identity["grid"], str) else tuple(identity["grid"])
+    return Fused(parts, grid=grid, cond=identity.get("cond"))
+
+
+def _meant(model: str | None, part: Mapping[str, Any]) -> str | None:
+    """The model that was given, where it is one for this part."""
+    if model is None or part["extractor"]["extractor"] == "fused":
+        return model
+    return model if model.startswith("timm:") == (part["extractor"]["extractor"] == "dino") else None
+
+
+def _told_apart(told: str) -> str:
+    return (
+        f"each image was told {told}, which a query does not have; in Python, extract the query with a prompt, "
+        "pool its features and search by that array"
+    )
 
 
 def _changes(provenance: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,18 +5,17 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float64
 
 from repkit.datasets.captions import Example
-from repkit.features import identity_differences
 from repkit.shards import locked, made, parquet_bytes, publish, read_parquet, sha256
 from repkit.tasks.judging import Judge
+from repkit.tasks.resuming import claim
 
-SETTINGS, SCORES = "settings.json", "scores.parquet"
+SCORES = "scores.parquet"
 # error: of the image told the caption. null_error: told nothing, where images are compared.
 COLUMNS = pa.schema(
     [("id", pa.string()), ("image", pa.int32()), ("path", pa.string()), ("caption", pa.int32()), ("text", pa.string())]
@@ -68,7 +67,7 @@ def score_captions(
     folder, tell = Path(out), progress or (lambda *_: None)
     units = [Unit(n, *of) for n, of in enumerate((e, i) for e in examples for i in range(len(e.images)))]
     with made(folder), locked(folder):
-        _claim(folder, judge.identity | {"examples": _hash(examples)})
+        claim(folder, judge.identity | {"examples": _hash(examples)}, "scores")
         done, failures = _kept(folder, units), dict[str, str]()
         left, count = [unit for unit in units if unit.number not in done], len(done)
         tell(count, len(units), 0, "")
@@ -121,17 +120,6 @@ def _rows(unit: Unit, errors: Float64[np.ndarray, " c"], null_error: float | Non
         for place, (text, error) in enumerate(zip(example.captions, errors, strict=True))
     ]
     return pa.Table.from_pylist(rows, schema=COLUMNS)
-
-
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Write what the scores depend on, or compare with what was written."""
-    path = folder / SETTINGS
-    if not path.exists():
-        if any(found.name != f"{SETTINGS}.part" for found in folder.iterdir()):
-            raise ValueError(f"{folder} has files that are no scores; choose an empty or a new folder")
-        publish(folder, {SETTINGS: (json.dumps(settings, indent=1) + "\n").encode()})
-    elif differences := identity_differences(json.loads(json.dumps(settings)), json.loads(path.read_text())):
-        raise ValueError(f"{folder} has scores of something else; choose another folder ({'; '.join(differences)})")
 
 
 def _hash(examples: Sequence[Example]) -> str:

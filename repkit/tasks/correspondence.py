@@ -1,8 +1,9 @@
 """Correspondence: images seen once, their features fused pair by pair, and the points of one found in another."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from repkit.extractors import Extractor
+from repkit.features import Identity
 from repkit.fusion import Part, common_resize, finest
 from repkit.images import decode
 from repkit.matching.featuremap import FeatureMap
@@ -37,12 +39,21 @@ class Seen:
     mirrored: "tuple[tuple[Map, ...], ...] | None" = None
 
 
+@dataclass(frozen=True, eq=False)
+class View:
+    """An image of `size` = (width, height) ready to be matched: its fused map, and that of its mirror image."""
+
+    size: tuple[int, int]
+    plain: FeatureMap
+    mirrored: FeatureMap | None = None
+
+
 class Correspondence:
     """What it takes to find points of one image in another: extractors, how their features are fused, and a method.
 
     parts: as of `Fused`, each with its own resize: "squash", or "pad" for all; "crop" would lose points. conds: for
     each part the template of what its network is told of an image, which may use {label}; None is nothing. pca: for
-    each part, to how many dimensions each key is reduced by the principal components of the two images together.
+    each part, to how many dimensions at most each key is reduced by the principal components of both images together.
     flip: match from the source's mirror image where that is nearer. positions: by part number and key, a
     `position_component` that is taken off. grid: (h, w) of the fused maps, else the finest among the parts'.
 
@@ -78,6 +89,31 @@ class Correspondence:
     def extractors(self) -> dict[Extractor, str | None]:
         """The distinct extractors, each with the template of what it is told."""
         return {part.extractor: cond for part, cond in zip(self.parts, self.conds, strict=True)}
+
+    @property
+    def apart(self) -> bool:
+        """Whether an image has one fused map whatever it is matched with, as it has without `pca`."""
+        return all(dim is None for dim in self.pca)
+
+    @property
+    def identity(self) -> Identity:
+        """What decides the matches of given images, as JSON-ready data; of `positions`, only which are taken off."""
+        return {
+            "parts": {str(number): part.identity for number, part in enumerate(self.parts)},
+            "conds": list(self.conds),
+            "pca": list(self.pca),
+            "flip": self.flip,
+            "method": asdict(self.method),
+            "grid": None if self.grid is None else list(self.grid),
+            "positions": sorted(f"{number} {key}" for number, key in self.positions),
+        }
+
+    def replaced(self, **changes: Any) -> "Correspondence":
+        """The same with other arguments, such as `parts` of other weights or `positions`."""
+        own: dict[str, Any] = {
+            name: getattr(self, name) for name in ("method", "conds", "pca", "flip", "positions", "grid")
+        }
+        return Correspondence(**{"parts": self.parts, **own} | changes)
 
     def see(self, images: Sequence[Path | Image.Image], label: str | None = None) -> list[Seen]:
         """Run every extractor once over the images, in one batch; `label` fills the templates."""
@@ -115,7 +151,7 @@ class Correspondence:
             for row, own in enumerate(fused):
                 own.append(part.fuse([key[row][None] for key in keys], grid)[0])
         return [
-            FeatureMap(torch.cat(own), self.frame(size), self._mask(size))
+            FeatureMap(torch.cat(own), self.frame(size), self._mask(size, own[0].device))
             for own, size in zip(fused, sizes, strict=True)
         ]
 
@@ -123,7 +159,10 @@ class Correspondence:
     def _prepared(maps: list[Map], position: Map | None, dim: int | None) -> list[Map]:
         if position is not None:
             maps = [without_position(one, position.to(one.device)) for one in maps]
-        return maps if dim is None else co_pca(maps, dim)
+        if dim is None:
+            return maps
+        cells = sum(one[0].numel() for one in maps)  # two small maps have few directions
+        return co_pca(maps, min(dim, len(maps[0]), cells))
 
     def match(self, source: Seen, target: Seen, points: Points, partner: Sequence[int | None] | None = None) -> Matches:
         """Where the source's points are in the target; `partner` as in `flip_aligned`, where flips are tried."""
@@ -133,29 +172,49 @@ class Correspondence:
         self, source: Seen, target: Seen, points: Points, partner: Sequence[int | None] | None = None
     ) -> tuple[Matches, bool]:
         """As `match`, and whether the source was mirrored."""
+        return self.found(*self.views(source, target), points, partner)
+
+    def view(self, seen: Seen) -> View:
+        """An image on its own; ValueError with `pca`, whose directions are those of two images."""
+        if not self.apart:
+            raise ValueError(f"pca={self.pca} depends on both images of a pair; call views(source, target)")
+        plain = self._fuse([seen.maps], [seen.size])[0]
+        return View(seen.size, plain, None if seen.mirrored is None else self._fuse([seen.mirrored], [seen.size])[0])
+
+    def views(self, source: Seen, target: Seen) -> tuple[View, View]:
+        """Two images that are to be matched; the target's mirror image is not looked at."""
+        sizes = [source.size, target.size]
+        if source.mirrored is None:
+            one, other = self._fuse([source.maps, target.maps], sizes)
+            return View(source.size, one), View(target.size, other)
+        one, other, mirrored = self._fuse([source.maps, target.maps, source.mirrored], [*sizes, source.size])
+        return View(source.size, one, mirrored), View(target.size, other)
+
+    def found(
+        self, source: View, target: View, points: Points, partner: Sequence[int | None] | None = None
+    ) -> tuple[Matches, bool]:
+        """As `matched`, of images that are fused already."""
         match, places = self.method.matcher(), self.to_frame(points, source.size)
         if source.mirrored is None:
-            one, other = self.fuse(source, target)
-            found, turned = match(one, other, places), False
+            found, turned = match(source.plain, target.plain, places), False
         else:
-            sizes = [source.size, source.size, target.size]
-            one, mirrored, other = self._fuse([source.maps, source.mirrored, target.maps], sizes)
-            found, turned = flip_aligned(one, mirrored, other, places, partner, match=match, over="mutual")
+            maps = source.plain, source.mirrored, target.plain
+            found, turned = flip_aligned(*maps, places, partner, match=match, over="mutual")
         return Matches(self.from_frame(found.points, target.size), found.scores), turned
 
     def frame(self, size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) of the pixels that an image's fused map covers: squashed images keep their own."""
         return (size[1], size[0]) if self.resize.policy == "squash" else self.resize.shape
 
-    def to_frame(self, points: Points, size: tuple[int, int]) -> Points:
+    def to_frame(self, points: Float[Tensor, "*n 2"], size: tuple[int, int]) -> Float[Tensor, "*n 2"]:
         """Points of an image of `size` = (width, height) -> pixels of its frame."""
         return points if self.resize.policy == "squash" else self.resize.points(points, size)
 
-    def from_frame(self, points: Points, size: tuple[int, int]) -> Points:
+    def from_frame(self, points: Float[Tensor, "*n 2"], size: tuple[int, int]) -> Float[Tensor, "*n 2"]:
         """The inverse of `to_frame`."""
         return points if self.resize.policy == "squash" else self.resize.original_points(points, size)
 
-    def _mask(self, size: tuple[int, int]) -> Bool[Tensor, "H W"] | None:
+    def _mask(self, size: tuple[int, int], device: torch.device) -> Bool[Tensor, "H W"] | None:
         """Where the frame shows the image and no padding."""
         if self.resize.policy != "pad":
             return None
@@ -163,7 +222,7 @@ class Correspondence:
         right, bottom = self.resize.points(np.array([size[0] - 0.5, size[1] - 0.5]), size)
         mask = torch.zeros(self.resize.shape, dtype=torch.bool)
         mask[round(top + 0.5) : round(bottom + 0.5), round(left + 0.5) : round(right + 0.5)] = True
-        return mask
+        return mask.to(device)
 
 
 def filled(template: str | None, label: str | None) -> str | None:

@@ -1,0 +1,226 @@
+"""Points of one image found in another."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from repkit.cli.mistakes import blaming
+from repkit.cli.options import (
+    Device,
+    Dino,
+    Draws,
+    Json,
+    Label,
+    Offline,
+    PairPolicy,
+    Precision,
+    Preset,
+    PresetModel,
+    Prompt,
+    Seed,
+    Size,
+    Taps,
+    Weights,
+)
+from repkit.cli.printing import print_json, say
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from repkit.tasks.alignment import Framed
+    from repkit.tasks.correspondence import Correspondence
+    from repkit.tasks.match import Match
+
+HEATS = 4  # heat maps in a picture
+HEAT_HEIGHT = 240
+
+
+def match(
+    source: Annotated[Path, typer.Argument(help="image with the points")],
+    target: Annotated[Path, typer.Argument(help="image to find them in")],
+    point: Annotated[list[str] | None, typer.Option(help="x,y in pixels of the source; repeatable")] = None,
+    points: Annotated[Path | None, typer.Option(help=".csv with columns x and y")] = None,
+    preset: Preset = None,
+    model: PresetModel = None,
+    taps: Taps = None,
+    dino: Dino = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="the picture to write, a PNG")] = Path("matches.png"),
+    table: Annotated[Path | None, typer.Option(help=".csv or .parquet file of the matches")] = None,
+    k: Annotated[int, typer.Option(min=1, help="best places told for each point")] = 3,
+    mutual: Annotated[bool, typer.Option("--mutual", help="only points that their match is matched with")] = False,
+    most: Annotated[int, typer.Option(min=1, help="without points: mutual nearest cells at the most")] = 20,
+    dense: Annotated[bool, typer.Option("--dense", help="draw where every pixel goes; also as a .flo file")] = False,
+    smooth: Annotated[int, typer.Option(min=0, help="--dense: median over so many cells around")] = 0,
+    label: Label = None,
+    prompt: Prompt = None,
+    size: Size = None,
+    resize: PairPolicy = None,
+    draws: Draws = None,
+    weights: Weights = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    precision: Precision = "float32",
+    offline: Offline = False,
+    as_json: Json = False,
+) -> None:
+    """Find points of one image in another.
+
+    Without points, the cells that are each other's nearest are shown.
+    """
+    from repkit.images import decode
+    from repkit.tasks.alignment import align
+    from repkit.tasks.match_pictures import flow_picture, match_picture
+
+    if dense and (point or points or table or mutual):
+        raise ValueError("--dense is about all pixels; leave out --point, --points, --table and --mutual")
+    _check_table(table)
+    pictures = decode(source), decode(target)
+    wanted = None if dense else _wanted(point, points, pictures[0].size)
+    given: dict[str, Any] = {
+        "preset": preset,
+        "model": model,
+        "taps": taps,
+        "dino": dino,
+        "size": size,
+        "policy": resize,
+    }
+    given |= {"prompt": prompt, "draws": draws, "weights": read_weights(weights), "seed": seed, "offline": offline}
+    found = correspondence_of(given, label, device=device, precision=precision)
+    one, other = align(found, *found.see(pictures, label))
+    if one.mirrored:
+        say("the source is matched as its mirror image, which is more like the target")
+    if dense:
+        from repkit.tasks.match import pixel_flow
+
+        flow = pixel_flow(one, other, smooth=smooth)
+        _write_flow(flow, flow_picture(*pictures, flow), out, as_json)
+        return
+    matches, heats = _find(one, other, wanted, k, most, mutual)
+    _write(match_picture(*pictures, matches, heats), matches, out, table)
+    _print(matches, out, table, one.mirrored, as_json)
+
+
+def correspondence_of(given: dict[str, Any], label: str | None, *, device: str, precision: str) -> "Correspondence":
+    """What the options of a command say, built; a line on stderr where a prompt or a label is of no use."""
+    from repkit.tasks.presets import make_correspondence
+
+    used, found = make_correspondence(**given, device=device, dtype=precision)
+    templates = [part.cond for part in used.parts if part.cond is not None]
+    if label is None and any("{label}" in template for template in templates):
+        say("no --label, so the network is told nothing of what the images show")
+    if label is not None and not any("{label}" in template for template in templates):
+        say(f"--label {label} is not used: no part of {used.name} is told a text with {{label}} (see --prompt)")
+    return found
+
+
+def read_weights(text: str | None) -> list[float] | None:
+    """The numbers of --weights; ValueError for what is none."""
+    try:
+        return None if text is None else [float(one) for one in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--weights {text!r} are no numbers; write for example --weights 1,0.5") from None
+
+
+def _wanted(point: Sequence[str] | None, points: Path | None, size: tuple[int, int]) -> "Tensor | None":
+    """The points that are asked for, all of them inside the source."""
+    from repkit.matching.featuremap import check_inside
+    from repkit.tasks.match import read_points
+
+    if point and points:
+        raise ValueError(f"--point and --points {points} are both given; give one of them")
+    if points is None and not point:
+        return None
+    wanted = _read_point(point or []) if points is None else read_points(points)
+    with blaming("--points" if points else "--point", ""):
+        check_inside(wanted, (size[1], size[0]))
+    return wanted
+
+
+def _read_point(texts: Sequence[str]) -> "Tensor":
+    import torch
+
+    from repkit.datasets.pairs import numbers
+
+    cells = [text.split(",") for text in texts]
+    for text, pair in zip(texts, cells, strict=True):
+        if len(pair) != 2:
+            raise ValueError(f"--point {text!r} is no point; write x,y, for example --point 120,80.5")
+    return torch.tensor([numbers(pair, f"--point {text}") for text, pair in zip(texts, cells, strict=True)])
+
+
+def _find(
+    one: "Framed", other: "Framed", wanted: "Tensor | None", k: int, most: int, mutual: bool
+) -> "tuple[list[Match], Tensor | None]":
+    """The matches, and the heat maps of the first of them that were asked for."""
+    import torch
+
+    from repkit.tasks.match import find, heat, mutual_points
+
+    matches = find(one, other, mutual_points(one, other, most) if wanted is None else wanted, k=k)
+    if mutual:
+        matches = [match for match in matches if match.mutual]
+        if not matches:
+            raise ValueError("no match is mutual; leave out --mutual, or take other points or taps")
+    if wanted is None:
+        return matches, None
+    shape = HEAT_HEIGHT, max(1, round(HEAT_HEIGHT * other.size[0] / other.size[1]))
+    return matches, heat(one, other, torch.tensor([match.point for match in matches[:HEATS]]), shape)
+
+
+def _check_table(table: Path | None) -> None:
+    if table is not None and table.suffix.lower() not in (".csv", ".parquet"):
+        raise ValueError(f"--table {table} ends in {table.suffix or 'nothing'}; give a .csv or .parquet file")
+
+
+def _write(figure: "Figure", matches: "Sequence[Match]", out: Path, table: Path | None) -> None:
+    from repkit.tasks.match import table_bytes
+
+    publish_one(out, png_bytes(figure))
+    if table is not None:
+        publish_one(table, table_bytes(matches, table.suffix.lower()))
+
+
+def _write_flow(flow: "Tensor", figure: "Figure", out: Path, as_json: bool) -> None:
+    from repkit.datasets.tss import flow_bytes
+
+    publish_one(out, png_bytes(figure))
+    publish_one(out.with_suffix(".flo"), flow_bytes(flow.numpy()))
+    length = flow.norm(dim=-1)
+    if as_json:
+        told = {"mean_length": float(length.mean()), "longest": float(length.max())}
+        print_json({**told, "out": str(out), "flow": str(out.with_suffix(".flo"))})
+    else:
+        print(f"{out}\n{out.with_suffix('.flo')}")
+
+
+def png_bytes(figure: "Figure") -> bytes:
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=130, metadata={"Software": None})
+    return content.getvalue()
+
+
+def publish_one(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
+    from repkit.shards import made, publish
+
+    with made(path.parent):
+        publish(path.parent, {path.name: content})
+
+
+def _print(matches: "Sequence[Match]", out: Path, table: Path | None, mirrored: bool, as_json: bool) -> None:
+    if as_json:
+        found = [{**match.row, "places": [list(place) for place in match.places]} for match in matches]
+        print_json({"matches": found, "mirrored": mirrored, "out": str(out), "table": table and str(table)})
+        return
+    print("         x        y   ->   to x     to y    score  ratio  round trip")
+    for number, match in enumerate(matches):
+        (x, y), (to_x, to_y) = match.point, match.place
+        back = f"{match.round_trip:8.1f} px{'  mutual' if match.mutual else ''}"
+        print(f"{number:2} {x:8.1f} {y:8.1f}  {to_x:9.1f} {to_y:8.1f}  {match.score:7.4f}  {match.ratio:5.3f} {back}")
+        for to_x, to_y, score in match.places[1:]:
+            print(f"{'or':>20}  {to_x:9.1f} {to_y:8.1f}  {score:7.4f}")
+    print(out)

@@ -1,0 +1,26 @@
+"""Results that grow in a folder: what they depend on is written beside them, and decides whether a run may go on."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from repkit.features import identity_differences
+from repkit.shards import publish
+
+SETTINGS = "settings.json"
+
+
+def claim(folder: Path, settings: dict[str, Any], what: str, *, beside: Collection[str] = ()) -> None:
+    """Write what the results, called `what`, depend on, or compare with what was written.
+
+    beside: names that may be there before.
+    Raises ValueError, naming the differences, for a folder of other settings, and for one with other files.
+    """
+    path = folder / SETTINGS
+    if not path.exists():
+        if any(found.name not in (f"{SETTINGS}.part", *beside) for found in folder.iterdir()):
+            raise ValueError(f"{folder} has files that are no {what}; choose an empty or a new folder")
+        publish(folder, {SETTINGS: (json.dumps(settings, indent=1) + "\n").encode()})
+    elif differences := identity_differences(json.loads(json.dumps(settings)), json.loads(path.read_text())):
+        raise ValueError(f"{folder} has {what} of something else; choose another folder ({'; '.join(differences)})")
