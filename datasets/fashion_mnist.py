@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 from PIL import Image
 
+from repkit.datasets.samples import Samples
+
 Split = Literal["train", "test"]
 Images = UInt8[np.ndarray, "n 28 28"]
 Labels = Int64[np.ndarray, " n"]
@@ -47,6 +49,12 @@ def load_full(folder: str | Path, split: Split) -> tuple[Images, Labels]:
             f"(apt-get install dataset-fashion-mnist puts it in {DEBIAN}), or name a folder with the original files"
         )
     return _read_split(Path(folder), split)
+
+
+def read_fashion_mnist(root: str | Path | None = None, split: Split = "train") -> Samples:
+    """The images of `load_full(root, split)`, or without a root those that are bundled, as Samples."""
+    images, labels = load(split) if root is None else load_full(root, split)
+    return Samples(CLASSES, images, labels, split=split, root=BUNDLED if root is None else Path(root))
 
 
 def write_folder(root: str | Path, split: Split, count_per_class: int | None = None) -> Path:

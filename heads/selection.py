@@ -36,7 +36,7 @@ class Choice:
     value: float | int
     candidates: tuple[float | int, ...]
     scores: tuple[float, ...]
-    by: str  # "validation", "leave-one-out" or "held-out"
+    by: str  # "validation", "leave-one-out", "held-out"; "given" where there was one and nothing was scored
 
 
 def choose(

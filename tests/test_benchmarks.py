@@ -49,6 +49,21 @@ def test_script_of_correspondence_writes_finite_figures(tmp_path, capsys, script
     assert page.read_text().split(f"## {title}\n")[1].strip() in capsys.readouterr().out
 
 
+def test_the_script_of_heads_writes_finite_figures(tmp_path):
+    page = tmp_path / "page.md"
+    small = "--train 5 --test 20 --seeds 1 --epochs 1 --width 8 --shots 1".split()
+    import_module("head_ladder").main([*small, "--page", str(page)])
+    found = figures(page, "Heads")
+    assert len(found) > 20 and all(math.isfinite(value) and value >= 0 for value in found)
+
+
+def test_the_script_of_sweeps_writes_finite_figures(tmp_path):
+    page = tmp_path / "page.md"
+    import_module("sweep").main(["--images", "5", "--rounds", "1", "--taps", "mid@10", "--page", str(page)])
+    found = figures(page, "Sweep")
+    assert found and all(math.isfinite(value) and value >= 0 for value in found)
+
+
 def test_section_replaces_its_own_and_keeps_the_others(tmp_path):
     page, write = tmp_path / "page.md", import_module("measuring").write_section
     write(page, "B", "old\n\n### deeper\n\ntext")

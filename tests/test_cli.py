@@ -34,7 +34,7 @@ BENCHMARKS = [
 ]
 COMMANDS = [
     *BENCHMARKS,
-    *"models blocks presets extract probe visualize index".split(),
+    *"models blocks presets extract probe sweep visualize index".split(),
     *"search classify evaluate match swap transfer propagate demo".split(),
 ]
 TAPS = ["-t", "mid,up.0@50"]
@@ -113,7 +113,7 @@ def test_help_is_the_one_on_record(command, repkit, monkeypatch):
 def test_every_command_has_its_help_on_record():
     assert {path.stem for path in HELP.glob("*.txt")} == {"repkit", *COMMANDS}
     listed = re.findall(r"^  ([a-z]+)  ", (HELP / "repkit.txt").read_text().partition("Commands:")[2], re.MULTILINE)
-    assert set(listed) == {*COMMANDS, "pretrain"} - {*BENCHMARKS}  # the recipe tells its own help
+    assert set(listed) == {*COMMANDS, "pretrain"} - {*BENCHMARKS}  # the recipes tell their own help
 
 
 def test_no_arguments_show_the_help(repkit):
@@ -184,6 +184,9 @@ print("loaded", [name for name in {heavy} if name in sys.modules])
         ("probe {empty}/no", ["no such feature store"]),
         ("probe {store} --key up.7@50", ["up.7@50", "mid@50"]),
         ("probe {store} --head forest", ["forest", "ridge"]),
+        ("probe {store} --lr 0.1", ["ridge", "linear", "attention"]),
+        ("probe {store} --head linear --lr 0", ["lrs", "> 0"]),
+        ("probe {store} --head mlp --device abacus", ["abacus", "cpu"]),
         ("index {store} -o {out}", ["--key", "mid@50", "up.0@50"]),
         ("index {clothes} -o {out} --key mid@50", ["no feature store"]),
         ("index {store} -o {clothes} --key mid@50", ["own"]),
@@ -617,9 +620,11 @@ def test_probe_reports_what_the_store_says(repkit, store, tmp_path):
         assert opened.format == "PNG"
 
 
-@pytest.mark.parametrize("head", ["ridge", "logistic", "knn"])
+@pytest.mark.parametrize("head", ["ridge", "logistic", "knn", "linear", "attention --width 8 --lr 0.01 --epochs 2"])
 def test_probe_is_readable(head, repkit, store, tmp_path):
-    code, out, _ = repkit("probe", store, "--head", head, "--key", "mid@50", "--picture", tmp_path / "c.png")
+    head, *options = head.split()
+    options = ["--head", head, *options, "--key", "mid@50", "--picture", tmp_path / "c.png"]
+    code, out, _ = repkit("probe", store, *options)
     assert code == 0
     assert re.search(rf"{head} on 60 train, 20 validation, 40 test images of 10 classes", out)
     accuracy = re.search(r"^all +([\d.]+)%  of 40, 95 % interval ([\d.]+)% to ([\d.]+)%$", out, re.MULTILINE)

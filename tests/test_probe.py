@@ -6,11 +6,13 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import confusion_matrix
 
 from repkit.exporting import export
+from repkit.heads.trained import Training, fit_trained
 from repkit.store import FeatureStore
-from repkit.tasks.probe import HEADS, Splits, probe_features, probe_store, read_labels, split_rows
+from repkit.tasks.probe import HEADS, TRAINED, Splits, probe_features, probe_store, read_labels, split_rows
 from tests.export_cases import tiny_extractor, write_image
 
 CLASSES = ["a", "b", "c"]
+OF_VECTORS = [head for head in HEADS if head != "attention"]
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_ridge_is_fitted_on_train_chosen_on_validation_and_refitted_on_both(data
     assert (report.confusion == confusion_matrix(labels[splits.test], predicted)).all()
 
 
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", OF_VECTORS)
 def test_test_data_never_chooses(head, data, splits, rng):
     features, labels = data
     report = probe_features(features, labels, CLASSES, splits, head)
@@ -72,7 +74,7 @@ def test_test_data_never_chooses(head, data, splits, rng):
         assert other.test < report.test
 
 
-@pytest.mark.parametrize("head", list(HEADS))
+@pytest.mark.parametrize("head", OF_VECTORS)
 def test_numbers_of_a_report_agree(head, data, splits):
     features, labels = data
     report = probe_features(features, labels, CLASSES, splits, head)
@@ -204,3 +206,51 @@ def test_maps_are_not_probed(tmp_path, extractor):
     store = store_of(tmp_path / "images", tmp_path / "out", extractor, pool="none")
     with pytest.raises(ValueError, match="mid@50 is stored as maps .* --pool"):
         probe_store(store)
+
+
+# --- trained heads
+
+
+@pytest.mark.parametrize("head", TRAINED)
+@pytest.mark.parametrize("pool", ["none", "2x2", "mean"])
+def test_trained_heads_read_what_they_can(tmp_path, extractor, head, pool):
+    store = store_of(tmp_path / "images", tmp_path / "out", extractor, pool=pool)
+    settings = {"head": head, "lrs": [0.01], "training": Training(epochs=2, width=8)}
+    if head == "attention" and pool == "mean":
+        with pytest.raises(ValueError, match="attention needs maps, and mid@50 is pooled by mean; export with --pool"):
+            probe_store(store, **settings)
+        return
+    report = probe_store(store, **settings)
+    key, rows = report.key, report.splits.test
+    shape = tuple(store.taps[key]["shape"])
+    shape = (shape[0] // 4, 2, 2) if head == "attention" and pool == "2x2" else shape
+    predicted = report.probe.predict(store.array(key).reshape(-1, *shape)[rows])
+    labels = [report.classes.index(label) for label in store.table["label"].to_pylist()]
+    assert report.test == pytest.approx((predicted == np.array(labels)[rows]).mean())
+
+
+def test_a_trained_probe_is_refitted_on_both_at_the_chosen_rate(data, splits):
+    features, labels = data
+    training = Training(epochs=3)
+    report = probe_features(features, labels, CLASSES, splits, "linear", lrs=[1e-6, 0.1], training=training)
+    assert (report.key, report.chosen.value, report.chosen.by) == ("near@1", 0.1, "validation")
+    both = np.concatenate([splits.train, splits.validation])
+    x = features["near@1"]
+    expected = fit_trained("linear", x[both], labels[both], lrs=[0.1], training=training)
+    np.testing.assert_array_equal(report.probe.logits(x), expected.logits(x))
+
+
+def test_progress_of_training_is_told_for_each_epoch(data, splits):
+    features, labels = data
+    told: list[tuple[int, int]] = []
+    training = Training(epochs=2)
+    probe_features(features, labels, CLASSES, splits, "mlp", lambda *counts: told.append(counts), training=training)
+    assert told == [(done, 6) for done in range(1, 7)]  # two taps, and the refit
+
+
+def test_rates_are_for_trained_heads(tmp_path, extractor):
+    store = store_of(tmp_path / "images", tmp_path / "out", extractor)
+    with pytest.raises(ValueError, match="ridge is solved, not trained; .* are for linear, bn-linear, mlp, attention"):
+        probe_store(store, lrs=[0.1])
+    with pytest.raises(ValueError, match="no head 'difformer'; have ridge"):
+        probe_store(store, head="difformer")

@@ -17,6 +17,7 @@ from repkit.cli.probe import probe
 from repkit.cli.propagate import propagate
 from repkit.cli.search import index, search
 from repkit.cli.swap import swap
+from repkit.cli.sweep import sweep
 from repkit.cli.transfer import transfer
 from repkit.cli.visualize import visualize
 
@@ -54,6 +55,7 @@ for command in (
     presets,
     extract,
     probe,
+    sweep,
     visualize,
     index,
     search,

@@ -8,7 +8,7 @@ import typer
 Policy = Literal["crop", "squash", "pad"]
 Noise = Literal["image", "shared"]
 Precision = Literal["float32", "bfloat16", "float16"]
-HeadName = Literal["ridge", "logistic", "knn"]
+HeadName = Literal["ridge", "logistic", "knn", "linear", "bn-linear", "mlp", "attention"]
 Metric = Literal["cosine", "ip", "l2"]
 Images = Annotated[Path, typer.Argument(help="a folder, an image, or a .csv or .parquet list with a path column")]
 Store = Annotated[Path, typer.Argument(help="a folder that repkit extract wrote")]

@@ -2,25 +2,33 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import ArrayLike
 
+from repkit.heads.building import KINDS, MAP_KINDS
 from repkit.heads.knn import fit_knn
 from repkit.heads.logistic import fit_logistic
 from repkit.heads.ridge import fit_ridge
+from repkit.heads.rows import Array, stored_rows
 from repkit.heads.scores import ClassScore, accuracy, confusion, per_class, stratified_split, wilson_interval
 from repkit.heads.selection import Choice
+from repkit.heads.trained import Training, fit_trained
+from repkit.pooling import grid_side
 from repkit.store import FeatureStore
 
+TRAINED = tuple(kind for kind in KINDS if kind != "difformer")  # which reads several taps; a probe compares them
 # Each head with the name of its one hyper-parameter's candidates.
 HEADS: Mapping[str, tuple[Callable[..., Any], str]] = {
     "ridge": (fit_ridge, "alphas"),
     "logistic": (fit_logistic, "cs"),
     "knn": (fit_knn, "ks"),
+    **{kind: (partial(fit_trained, kind), "lrs") for kind in TRAINED},
 }
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -74,46 +82,63 @@ def probe_store(
     head: str = "ridge",
     keys: Sequence[str] | None = None,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    lrs: Sequence[float] | None = None,
+    training: Training | None = None,
+    progress: Progress | None = None,
 ) -> ProbeReport:
-    """Probe the pooled features of a labelled store; several taps compete on validation data.
+    """Probe the features of a labelled store; several taps compete on validation data.
 
-    The store's own splits are used where it has them. Raises ValueError for missing labels, unknown heads and taps.
+    The store's own splits are used where it has them. lrs, training: of heads that are trained. Maps are for these
+    heads; attention needs them, or a pooling of at least 2x2. `progress` is told taps, or of trained heads epochs.
+    Raises ValueError for missing labels, unknown heads and taps, and features that the head cannot read.
     """
+    if head not in HEADS:
+        raise ValueError(f"no head {head!r}; have {', '.join(HEADS)}")
+    if head not in TRAINED and (lrs is not None or training is not None):
+        raise ValueError(f"{head} is solved, not trained; learning rates and epochs are for {', '.join(TRAINED)}")
+    if head in TRAINED:
+        training = training or Training(seed=seed)
     keys = list(store.keys if keys is None else keys)
     if unknown := [key for key in keys if key not in store.keys]:
         raise ValueError(f"no features {', '.join(unknown)} in this store; have {', '.join(store.keys)}")
     classes, labels = read_labels(store.table["label"].to_pylist())
     splits = split_rows(labels, store.table["split"].to_pylist(), seed)
-    return probe_features({key: _flat(store, key) for key in keys}, labels, classes, splits, head, progress)
+    features = {key: _readable(store, key, head) for key in keys}
+    return probe_features(features, labels, classes, splits, head, progress, lrs=lrs, training=training)
 
 
 def probe_features(
-    features: Mapping[str, Float[np.ndarray, "n _d"]],
+    features: Mapping[str, Array],
     labels: Int[np.ndarray, " n"],
     classes: Sequence[str],
     splits: Splits,
     head: str = "ridge",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    *,
+    lrs: Sequence[float] | None = None,
+    training: Training | None = None,
 ) -> ProbeReport:
     """Fit one probe a tap on the training rows, choose by validation, refit on both, and test that one."""
     if head not in HEADS:
         raise ValueError(f"no head {head!r}; have {', '.join(HEADS)}")
     fit, path = HEADS[head]
+    parts = len(features) + 1
     validation: dict[str, float] = {}
     choices: dict[str, Choice] = {}
     for done, (key, x) in enumerate(features.items()):
         held = (x[splits.validation], labels[splits.validation])
-        fitted = fit(x[splits.train], labels[splits.train], validation=held, n_classes=len(classes))
+        settings = _settings(head, training, progress, done, parts) | ({} if lrs is None else {path: lrs})
+        fitted = fit(x[splits.train], labels[splits.train], validation=held, n_classes=len(classes), **settings)
         choices[key] = fitted.chosen
         validation[key] = max(fitted.chosen.scores)
-        if progress:
+        if progress and head not in TRAINED:
             progress(done + 1, len(features))
     best = max(validation, key=lambda key: validation[key])
     x, chosen = features[best], choices[best]
     seen = np.concatenate([splits.train, splits.validation])
     # Both parts train the final probe, at the value already chosen; one candidate leaves nothing to choose.
-    probe = fit(x[seen], labels[seen], n_classes=len(classes), **{path: [chosen.value]})
+    settings = _settings(head, training, progress, len(features), parts) | {path: [chosen.value]}
+    probe = fit(x[seen], labels[seen], n_classes=len(classes), **settings)
     truth, predicted = labels[splits.test], probe.predict(x[splits.test])
     return ProbeReport(
         head=head,
@@ -128,6 +153,15 @@ def probe_features(
         confusion=confusion(truth, predicted, len(classes)),
         probe=probe,
     )
+
+
+def _settings(head: str, training: Training | None, progress: Progress | None, part: int, parts: int) -> dict[str, Any]:
+    """How a trained head is trained, and whom it tells: its epochs are one part of several equal ones."""
+    if head not in TRAINED:
+        return {}
+    if progress is None:
+        return {"training": training}
+    return {"training": training, "progress": lambda done, total: progress(part * total + done, parts * total)}
 
 
 def read_labels(names: Sequence[str | None]) -> tuple[list[str], Int[np.ndarray, " n"]]:
@@ -167,10 +201,18 @@ def split_rows(labels: ArrayLike, names: Sequence[str | None], seed: int = 0) ->
     return Splits(rows["train"][train], rows["train"][validation], test, source)
 
 
-def _flat(store: FeatureStore, key: str) -> Float[np.ndarray, "n d"]:
-    found = store.array(key)
-    if found.ndim != 2:
-        raise ValueError(
-            f"{key} is stored as maps {found.shape[1:]}; export with --pool mean or --pool 2x2 to probe it"
-        )
-    return found
+def _readable(store: FeatureStore, key: str, head: str) -> Array:
+    """A tap's features in the form that the head reads."""
+    shape, how = store.taps[key]["shape"], store.identity["pool"]
+    if head not in TRAINED:
+        if len(shape) != 1:
+            raise ValueError(
+                f"{key} is stored as maps {tuple(shape)}; export with --pool mean or --pool 2x2 to probe it with {head}"
+            )
+        return store.array(key)
+    if head not in MAP_KINDS or len(shape) == 3:
+        return stored_rows(store, key)
+    side = 1 if how in ("mean", "max", "gem") else grid_side(how)
+    if side < 2:
+        raise ValueError(f"{head} needs maps, and {key} is pooled by {how}; export with --pool none or --pool 2x2")
+    return stored_rows(store, key, fold=(shape[0] // side**2, side, side))
