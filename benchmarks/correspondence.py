@@ -3,7 +3,8 @@
 Four photographs of scikit-image under homographies, thin-plate splines, crops and flips, whose true correspondences
 are exact. Features of the bundled models at several sizes, of untrained copies, of a vision transformer with random
 weights, raw patches and random features: for each the tap is chosen on other deformations of the same photographs. The
-section `Correspondence` of docs/RESULTS.md has the table. `--images`, `--repeats` and `--sizes` make it smaller.
+section `Correspondence` of docs/RESULTS.md has the table, docs/correspondence.png shows some of it. `--images`,
+`--repeats` and `--sizes` make it smaller.
 """
 
 import argparse
@@ -39,6 +40,7 @@ PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")
 SIDE, ALPHAS = 256, (0.1, 0.05, 0.02)
 TIMES = "10,50,100,200,clean:50"
 CHOOSING = ("homography", "thin-plate", "crop")  # the deformations that taps are chosen on
+PICTURE = "correspondence.png"
 GRID = 64  # of patches and random features
 
 Maps = Mapping[str, Float[Tensor, "_c _h _w"]]  # of an image, by tap
@@ -62,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warps = write_warps(photographs, f"{folder}/test", repeats=options.repeats, **settings)
         validation, test = read_pairs(others), read_pairs(warps)
         found = measure(validation, test, options.sizes)
+        draw(test, found, options.sizes[-1], options.page.parent / PICTURE)
     body = section(found, test)
     print(body)
     write_section(options.page, "Correspondence", body)
@@ -189,6 +192,26 @@ def score(pairs: Sequence[Pair], predicted: Sequence[Points]) -> Pck:
     return pck(predicted, truth, lengths, protocol="dift", alphas=ALPHAS, categories=kinds)
 
 
+def draw(pairs: Sequence[Pair], found: Mapping[str, Scores], size: int, path: Path) -> None:
+    """The first photograph under each deformation, and where mini-unet finds some of its points."""
+    from matplotlib.figure import Figure
+
+    tap = found[f"mini-unet, {size} px"][0]
+    see = partial(maps_of, diffusion(load("mini-unet"), "down.*,mid,up.*", size))
+    shown = [next(pair for pair in pairs if pair.category == kind) for kind in CHOOSING]
+    places, limit = predictions(shown, see, tap)[tap], ALPHAS[1]
+    figure = Figure(figsize=(11, 3.1), layout="constrained")
+    for axes, pair, points in zip(figure.subplots(1, len(shown)), shown, places, strict=True):
+        one, other = decode(pair.source), decode(pair.target)
+        axes.imshow(np.hstack([np.asarray(one), np.asarray(other)]))
+        axes.set_axis_off()
+        right = np.linalg.norm(points - pair.target_points, axis=1) <= limit * max(other.size)
+        axes.set_title(f"{pair.category}: {right.mean():.0%} within {limit:.0%} of the image", fontsize=9)
+        for start, end, hit in list(zip(pair.source_points, points + [one.width, 0], right, strict=True))[::4]:
+            axes.plot(*np.stack([start, end]).T, color="tab:green" if hit else "tab:red", linewidth=0.8, marker=".")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
 def section(found: Mapping[str, Scores], pairs: Sequence[Pair]) -> str:
     """The table, with what it means."""
     points = sum(len(pair.source_points) for pair in pairs)
@@ -206,7 +229,9 @@ Taps were chosen on other deformations of the same photographs. The bundled mode
 know left from right. Positions removed: less the mean, over the images that the taps were chosen on, of the features at
 each position.
 
-{table(head, rows)}"""
+{table(head, rows)}
+
+![points found under three deformations]({PICTURE})"""
 
 
 def percent(share: float) -> str:
