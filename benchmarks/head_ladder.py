@@ -140,9 +140,9 @@ def section(networks: Mapping[str, Mapping[str, Any]], options: argparse.Namespa
     taps = "; ".join(f"{name}: `{network['cell']}`" for name, network in networks.items())
     several = "; ".join(f"{name}: `{', '.join(network['several'])}`" for name, network in networks.items())
     return f"""Made by `python benchmarks/head_ladder.py`: {10 * options.train:,} training and {options.test:,} test
-images. Test accuracy in percent, mean ± standard deviation over {options.seeds} seeds. A seed decides which fifth of the
-training images chooses the hyper-parameter (the heads see the rest only), and the first weights and the order of the
-images of heads that are trained. Untrained networks have random weights. Each network's tap is
+images. Test accuracy in percent, mean ± standard deviation over {options.seeds} seeds. A seed decides which fifth of
+the training images chooses the hyper-parameter (the heads see the rest only), and the first weights and the order of
+the images of heads that are trained. Untrained networks have random weights. Each network's tap is
 the one, of three blocks at two times, at which ridge is best on the validation images of the first seed. Attention and
 DifFormer have width {options.width} in place of the published 1024, train for {options.epochs} epochs and see 4x4
 cells, DifFormer those of the two best blocks at both times; the other heads see 2x2 averages of the one tap.

@@ -22,7 +22,7 @@ def disagreement(logits: Float[Tensor, "n p k"]) -> Float[Tensor, " p"]:
 
 def most_uncertain(values: Float[Tensor, " p"], share: float = 0.1) -> float:
     """An image's uncertainty as label-efficient segmentation has it: the mean of that share of largest values."""
-    return values.flatten().topk(max(1, int(values.numel() * share))).values.mean().item()
+    return values.topk(max(1, int(values.numel() * share))).values.mean().item()
 
 
 def _entropy(p: Float[Tensor, "*n k"]) -> Float[Tensor, "*n"]:

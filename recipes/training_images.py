@@ -38,17 +38,18 @@ def draw_batch(
 ) -> Batch:
     """What training step `step` sees: each image once an epoch, and times stratified over the batch."""
     epoch, position = divmod(step, len(images) // batch)
-    order = torch.randperm(len(images), generator=_generator(seed, "order", epoch))
+    order = torch.randperm(len(images), generator=step_generator(seed, "order", epoch))
     rows = order[position * batch : (position + 1) * batch]
     x0 = images[rows][:, None].float() / 127.5 - 1
-    generator = _generator(seed, "step", step)
+    generator = step_generator(seed, "step", step)
     dropped = torch.rand(batch, generator=generator) < label_dropout
     eps = torch.randn(x0.shape, generator=generator)
     u = (torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1
     return Batch(x0, torch.where(dropped, len(CLASSES), labels[rows]), eps, u)
 
 
-def _generator(seed: int, purpose: str, index: int) -> torch.Generator:
+def step_generator(seed: int, purpose: str, index: int) -> torch.Generator:
+    """The random numbers of one step or epoch, for one purpose."""
     words = np.random.SeedSequence([seed, *purpose.encode(), index]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(words[0]))
 

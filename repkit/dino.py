@@ -52,6 +52,7 @@ class DinoExtractor(Extractor):
     take any multiple of the patch.
 
     taps, commas and `*` allowed: `block.11` (the block's output), `block.11.norm` (that through the final norm),
+    `cls.11` (the class token of that, [b c 1 1]),
     `block.11.q`, `.k`, `.v` (projections in that block's attention, heads concatenated, before any norm of q and k and
     before rotary positions), `norm` (after the final norm), `cls` (the class token after it, [b c 1 1]). Maps are
     patch tokens on their grid, without class and register tokens. Where timm pools before it normalises (networks
@@ -199,6 +200,8 @@ def _readings(model: Any) -> dict[str, Reading]:
                 readings[f"{name}.{facet}"] = Reading(point, _width(attention, facet), apply)
         readings[name] = Reading(Point(path), model.embed_dim)
         readings[f"{name}.norm"] = Reading(Point(path), model.embed_dim, model.norm)
+        if model.cls_token is not None:
+            readings[f"cls.{index}"] = Reading(Point(path), model.embed_dim, model.norm, cls=True)
     readings["norm"] = Reading(Point("norm"), model.embed_dim)
     if model.cls_token is not None:
         readings["cls"] = Reading(Point("norm"), model.embed_dim, cls=True)

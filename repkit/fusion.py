@@ -96,12 +96,15 @@ class Part:
             **({"bases": {key: basis.hash for key, basis in self.bases.items()}} if self.bases else {}),
         }
 
-    def fuse(self, maps: Sequence[Float[Tensor, "b _c _h _w"]], grid: Grid) -> Float[Tensor, "b c h w"]:
-        """The maps of the chosen keys as one, whose vectors have the part's weight as their norm (zeros stay zeros)."""
+    def join(self, maps: Sequence[Float[Tensor, "b _c _h _w"]], grid: Grid) -> Float[Tensor, "b c h w"]:
+        """The maps of the chosen keys as one, each times its weight; the vectors keep their norms."""
         pairs = zip(self.chosen, maps, strict=True)
         reduced = [self.bases[key].project(one) if key in self.bases else one for key, one in pairs]
-        joined = [scale * _on_grid(one, grid) for scale, one in zip(self.scales, reduced, strict=True)]
-        return float(self.weight) * F.normalize(torch.cat(joined, 1), dim=1)
+        return torch.cat([scale * _on_grid(one, grid) for scale, one in zip(self.scales, reduced, strict=True)], 1)
+
+    def fuse(self, maps: Sequence[Float[Tensor, "b _c _h _w"]], grid: Grid) -> Float[Tensor, "b c h w"]:
+        """As `join`, of vectors that have the part's weight as their norm (zeros stay zeros)."""
+        return float(self.weight) * F.normalize(self.join(maps, grid), dim=1)
 
 
 class Fused(Extractor):

@@ -35,7 +35,7 @@ BENCHMARKS = [
 COMMANDS = [
     *BENCHMARKS,
     *"models blocks presets extract probe sweep visualize index".split(),
-    *"search classify evaluate match swap transfer propagate demo".split(),
+    *"search classify evaluate match swap transfer propagate segment demo".split(),
 ]
 TAPS = ["-t", "mid,up.0@50"]
 
@@ -113,7 +113,7 @@ def test_help_is_the_one_on_record(command, repkit, monkeypatch):
 def test_every_command_has_its_help_on_record():
     assert {path.stem for path in HELP.glob("*.txt")} == {"repkit", *COMMANDS}
     listed = re.findall(r"^  ([a-z]+)  ", (HELP / "repkit.txt").read_text().partition("Commands:")[2], re.MULTILINE)
-    assert set(listed) == {*COMMANDS, "pretrain"} - {*BENCHMARKS}  # the recipes tell their own help
+    assert set(listed) == {*COMMANDS, "fit", "pretrain"} - {*BENCHMARKS}  # the recipes tell their own help
 
 
 def test_no_arguments_show_the_help(repkit):
@@ -415,7 +415,7 @@ def test_ctrl_c_leaves_a_store_that_goes_on(repkit, tmp_path):
         ("index {store} -o {out} --key mid@50 --json", {"vectors", "dimension", "key", "out"}),
         ("search {index} {query} --json", {"image", "hits"}),
         ("match {query} {query} -m mini-unet -t up.1@50 -o {out}.png --json", {"matches", "mirrored", "table", "out"}),
-        ("swap {query} {query} --mask {query} -m mini-unet -t up.1@50 -o {out}.png --json", {"pixels", "out"}),
+        ("swap {query} {query} --mask {mask} -m mini-unet -t up.1@50 -o {out}.png --json", {"pixels", "out"}),
         ("classify {query} -m mini-dit --evaluations 2 --json", {"images", "weighting", "calibrated"}),
         ("evaluate captions {asked} -m mini-unet -o {out} --evaluations 1 --json", {"benchmark", "scores", "out"}),
     ],
@@ -424,7 +424,9 @@ def test_json_is_one_object_and_all_of_stdout(arguments, keys, repkit, clothes, 
     query, asked = next((clothes / "train" / "bag").iterdir()), tmp_path / "asked.csv"
     asked.write_text(f"image,caption_0,caption_1\n{query},bag,coat\n")
     places = {"clothes": clothes, "store": store, "index": index, "query": query, "asked": asked}
-    places["out"] = tmp_path / "out"
+    places |= {"out": tmp_path / "out", "mask": tmp_path / "mask.png"}
+    with Image.open(query) as picture:
+        picture.convert("1").save(places["mask"])
     code, out, _ = repkit(*arguments.format(**places).split())
     assert code == 0
     assert out.count("\n") == 1
@@ -433,8 +435,10 @@ def test_json_is_one_object_and_all_of_stdout(arguments, keys, repkit, clothes, 
 
 def test_every_command_that_has_json_was_tried():
     assert {path.stem for path in HELP.glob("*.txt") if "--json" in path.read_text()} == {
-        *"models blocks presets extract probe index search classify match swap transfer propagate".split(), *BENCHMARKS
-    }  # fmt: skip
+        *BENCHMARKS,
+        *"models blocks presets extract probe sweep segment index".split(),
+        *"search classify match swap transfer propagate".split(),
+    }
 
 
 def test_a_dry_run_writes_nothing(repkit, clothes, tmp_path):

@@ -15,7 +15,8 @@ from repkit.extractors import DiffusionExtractor
 from repkit.fusion import Part
 from repkit.images import Resize, to_tensor
 from repkit.matching.method import Method
-from repkit.tasks.correspondence import Correspondence, filled
+from repkit.tasks.correspondence import Correspondence
+from repkit.tasks.templates import filled
 from tests import tiny
 from tests.pair_trees import SIZES, texture
 from tests.test_fusion import vit
@@ -156,6 +157,39 @@ def test_the_identity_is_json_and_tells_what_changes_matches(networks):
         assert plain.replaced(**change).identity != plain.identity, change
 
 
+def test_one_part_matches_as_dift_does(networks):
+    """Raw maps enlarged to both images, unit norm after that, and the pixel with the largest cosine."""
+    resize, images = Resize(16, "squash"), pictures()[:2]
+    extract = DiffusionExtractor(networks[0], "up.0@100", resize=resize)
+    correspondence = Correspondence([Part(extract, 0.3)], method=Method("pixel"))
+    y, x = torch.meshgrid(torch.arange(30), torch.arange(40), indexing="ij")
+    points = torch.stack([x, y], -1).reshape(-1, 2).double()
+    source, target = correspondence.see(images)
+    found = correspondence.match(source, target, points)
+
+    def cosines(first, second):
+        pair = zip((first, second), images, strict=True)
+        full = [F.interpolate(one, i.size[::-1], mode="bilinear", align_corners=False)[0] for one, i in pair]
+        return F.normalize(full[0].flatten(1), dim=0).T @ F.normalize(full[1].flatten(1), dim=0)
+
+    raw = [extract([image])["up.0@100"].double() for image in images]
+    expected = cosines(*raw)
+    places = found.points.round().long()
+    chosen = expected.gather(1, (places[:, 1] * 28 + places[:, 0])[:, None])[:, 0]
+    torch.testing.assert_close(chosen, expected.max(1).values, rtol=0, atol=1e-6)
+    same = (places[:, 1] * 28 + places[:, 0] == expected.argmax(1)).double().mean()
+    units = cosines(*(F.normalize(one, dim=1) for one in raw))
+    assert same > 0.99 > (units.argmax(1) == expected.argmax(1)).double().mean()
+
+
+def test_one_part_joins_its_keys_by_their_weights(networks):
+    diffusion = extractors(*networks, Resize(16, "squash"))[0]
+    correspondence = Correspondence([Part(diffusion, 2.0, key_weights=[3, 0.5])])
+    (seen,) = correspondence.see(pictures()[:1])
+    first, second = (F.interpolate(one[None], (16, 16), mode="bilinear")[0] for one in seen.maps[0])
+    torch.testing.assert_close(correspondence.fuse(seen)[0].values, torch.cat([3 * first, 0.5 * second]))
+
+
 def test_a_template_without_its_label_is_nothing():
     assert filled("a photo of a {label}", "cat") == "a photo of a cat"
     assert filled("a photo of a {label}", None) is None and filled("a photo", None) == "a photo" == filled(
@@ -167,5 +201,23 @@ def test_a_template_without_its_label_is_nothing():
 def test_what_does_not_go_together_is_refused(networks):
     with pytest.raises(ValueError, match="2 parts, 1 conds, 2 pca"):
         Correspondence(parts(networks), conds=[None])
+    one = extractors(*networks, Resize(16, "squash"))[0]
+    with pytest.raises(ValueError, match="is told 'sneaker' in one part and 'bag' in another; build an extractor for"):
+        Correspondence([Part(one), Part(one)], conds=["sneaker", "bag"])
+    assert len(Correspondence([Part(one, keys=[key]) for key in one.blocks], conds=["bag"] * 2).extractors) == 1
+    with pytest.raises(ValueError, match="2 parts, none of a weight above 0"):
+        Correspondence([replace(part, weight=0) for part in parts(networks)])
     with pytest.raises(ValueError, match="crop"):
         Correspondence(parts(networks, Resize(16, "crop")))
+
+
+@pytest.mark.parametrize("template", ["a {thing}", "a {}", "a {0}", "a {label", "a }", "{label!r}", "{label:>9}"])
+def test_a_template_of_other_fields_is_refused(networks, template):
+    with pytest.raises(ValueError, match=r"write \{label\}"):
+        filled(template, "cat")
+    with pytest.raises(ValueError, match=r"write \{label\}"):
+        Correspondence(parts(networks), conds=[template, None])
+
+
+def test_doubled_braces_are_braces():
+    assert filled("a {{{label}}}", "cat") == "a {cat}"

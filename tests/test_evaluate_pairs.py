@@ -1,12 +1,14 @@
 """Benchmarks of correspondence on small trees: PCK recomputed by hand, forwards counted, runs cut off and taken up."""
 
 import json
+import os
 import re
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from shutil import copytree, rmtree
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,11 +30,21 @@ from repkit.mirrored import Mirrored
 from repkit.tasks.correspondence import Correspondence
 from repkit.tasks.evaluate_pairs import Rules, Running, evaluate_pairs, headline, search_weights
 from repkit.tasks.extraction_cost import image_flops
-from repkit.tasks.pair_matches import MATCHES, visiting_order
+from repkit.tasks.pair_matches import visiting_order
 from repkit.tasks.pair_pictures import draw_pairs
+from repkit.tasks.pair_table import MATCHES
 from repkit.tasks.seen_store import store_seen
 from tests import tiny
-from tests.pair_trees import texture, write_own, write_pascal, write_spair, write_texture, write_tss, write_willow
+from tests.pair_trees import (
+    SIZES,
+    texture,
+    write_own,
+    write_pascal,
+    write_spair,
+    write_texture,
+    write_tss,
+    write_willow,
+)
 from tests.test_fusion import vit
 
 RULES = Rules(alphas=(0.3, 0.15))
@@ -273,6 +285,84 @@ def test_pairs_are_visited_so_that_images_are_needed_again(root):
     assert [pair.id for pair in order[:8]] == ["aa", "ab", "ac", "ad", "bd", "bc", "bb", "ba"]
 
 
+# --- what changes between two runs
+
+
+def test_positions_of_other_images_match_again(root, tmp_path):
+    pairs, rules = read_spair(root)[:3], replace(RULES, remove_position=True)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    asked = [replace(pairs[0], source=broken), *pairs[1:]]
+    first = evaluate_pairs(asked, correspondence(), tmp_path / "out", rules)
+    broken.write_bytes(pairs[0].source.read_bytes())
+    again = evaluate_pairs(asked, correspondence(), tmp_path / "out", rules, Running(retry_failed=True))
+    anew = evaluate_pairs(asked, correspondence(), tmp_path / "new", rules)
+    tables = [pq.read_table(tmp_path / out / MATCHES) for out in ("out", "new")]
+    assert (first["pairs"], again["pairs"]) == (2, 3)
+    assert tables[0].sort_by("pair").equals(tables[1].sort_by("pair")) and numbers(again) == numbers(anew)
+
+
+def test_positions_of_few_images_are_warned_of(root, tmp_path, caplog):
+    pairs = read_spair(root)[:1]
+    evaluate_pairs(pairs, correspondence(), tmp_path, replace(RULES, remove_position=True))
+    assert [line for line in caplog.messages if "positions" in line] == [
+        "positions are the mean over 2 images, which still shows what these show; give 10 or more"
+    ]
+
+
+@pytest.fixture
+def copied(root, tmp_path) -> list[Pair]:
+    """Two pairs with images of their own, which tests may change."""
+    return read_spair(copytree(root, tmp_path / "copied"))[:2]
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_an_edited_image_is_named(copied, tmp_path, keep_time):
+    changed = copied[0].source
+    evaluate_pairs(copied, correspondence(), tmp_path / "out", RULES)
+    before = pq.read_table(tmp_path / "out" / MATCHES)
+    changed.touch()  # the same content
+    assert evaluate_pairs(copied, correspondence(), tmp_path / "out", RULES)["pairs"] == 2
+    status = changed.stat()
+    changed.write_bytes(write_texture(tmp_path / "x.png", 99, SIZES[0]).read_bytes())
+    if keep_time:
+        os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns - 10**15))  # as of cp -p
+    with pytest.raises(
+        ValueError, match=f"{changed} has changed since .*; choose another folder, or delete .*features"
+    ):
+        evaluate_pairs(copied, correspondence(), tmp_path / "out", RULES)
+    rmtree(tmp_path / "out/features")
+    evaluate_pairs(copied, correspondence(), tmp_path / "out", RULES)
+    evaluate_pairs(copied, correspondence(), tmp_path / "anew", RULES)
+    after, anew = (pq.read_table(tmp_path / out / MATCHES) for out in ("out", "anew"))
+    assert after.sort_by("pair").equals(anew.sort_by("pair")) and not after.equals(before)
+
+
+def test_a_run_that_came_to_nothing_leaves_its_folder_free(root, tmp_path):
+    def refuse(what: str, unit: str):
+        raise Stop
+
+    pairs, out = read_spair(root), tmp_path / "out"
+    with pytest.raises(Stop):
+        evaluate_pairs(pairs, correspondence(flip=True), out, RULES, Running(watch=refuse))
+    assert [path.name for path in out.iterdir()] == ["settings.json"]
+    assert evaluate_pairs(pairs, correspondence(), out, RULES)["pairs"] == 6
+    with pytest.raises(ValueError, match="has matches of something else"):
+        evaluate_pairs(pairs, correspondence(flip=True), out, RULES)
+
+
+def test_rows_of_a_list_in_another_order_are_the_same_pairs(tmp_path, rows):
+    given = [["a.png", "b.png", 5, 6, 7, 8], ["b.png", "c.png", 3, 4, 5, 6], ["a.png", "b.png", 30, 20, 20, 30]]
+    pairs = read_pairs(write_own(tmp_path, given))
+    first = evaluate_pairs(pairs, correspondence(), tmp_path / "out", RULES)
+    rows.clear()
+    again = evaluate_pairs(read_pairs(write_own(tmp_path, given[::-1])), correspondence(), tmp_path / "out", RULES)
+    assert numbers(again) == numbers(first) and again["cost"] == first["cost"] and not rows
+    given[0][5] = 9
+    with pytest.raises(ValueError, match="pairs.sha256"):
+        evaluate_pairs(read_pairs(write_own(tmp_path, given)), correspondence(), tmp_path / "out", RULES)
+
+
 # --- what is not as it should be
 
 
@@ -383,6 +473,7 @@ def test_weights_are_searched_on_val_with_one_store(root, tmp_path, rows):
     assert +rows == {"mid": 2 * 6, "vit": 6}
     assert [one["weights"] for one in scores] == [[1, 0], [1, 0.5], [1, 2], [0, 1]]
     assert len({one["pck"] for one in scores}) > 1
+    assert {path.name for path in (tmp_path / "out/val").glob("w*")} == {f"weight-{w}" for w in (0.0, 0.5, 2.0, "inf")}
     for n in (1, 3):
         parts = [replace(part, weight=w) for part, w in zip(correspondence().parts, scores[n]["weights"], strict=True)]
         results = evaluate_pairs(pairs, correspondence().replaced(parts=parts), tmp_path / f"alone{n}", RULES)
@@ -436,6 +527,16 @@ def test_the_cost_stands_beside_the_accuracy(whole):
     cost = whole[0]["cost"]
     assert cost["flops_an_image"] == sum(image_flops(part.extractor) or 0 for part in correspondence().parts)
     assert all(cost[name] > 0 for name in ("seconds_an_image", "seconds_a_pair", "points_a_second"))
+
+
+def test_the_time_of_encoding_outlives_a_run_that_was_cut_off(root, tmp_path):
+    pairs = read_spair(root)
+    with pytest.raises(Stop):
+        evaluate_pairs(pairs, correspondence(), tmp_path, RULES, stopping_at("match", 0))
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "features").glob("*.json")]
+    assert [one["images"] for one in kept] == [6, 6]
+    cost = evaluate_pairs(pairs, correspondence(), tmp_path, RULES)["cost"]
+    assert cost["seconds_an_image"] == pytest.approx(sum(one["seconds"] / 6 for one in kept))
 
 
 def test_best_and_worst_pairs_are_drawn(whole):
@@ -504,6 +605,31 @@ def test_left_out_pairs_are_named_and_end_with_their_code(root, tmp_path, capsys
     (own / "pairs.csv").write_text("source,target,x1,y1,x2,y2\nb.png,c.jpg,1,1,1,1\n")
     code, _, told = run(capsys, "pairs", own, *MODEL, "-o", tmp_path / "none")
     assert code == 4 and "1 of 1 pairs are left out" in told
+
+
+def test_a_truncated_png_is_left_out_like_any_other_image(tmp_path, capsys):
+    own = write_own(tmp_path)
+    (own / "c.png").write_bytes((own / "c.png").read_bytes()[:-40])
+    code, _, told = run(capsys, "pairs", own, *MODEL, "-o", tmp_path / "out")
+    assert code == 3 and "b.png>c.png: " in told and "mini-unet: mid@100; 32 px, squash, 1 draw" in told.splitlines()
+
+
+def test_a_seed_decides_the_noise(tmp_path, capsys):
+    own = write_own(tmp_path)
+    for seed in (3, 4):
+        assert run(capsys, "pairs", own, *MODEL, "--seed", seed, "-o", tmp_path / f"{seed}")[0] == 0
+    tables = [pq.read_table(tmp_path / f"{seed}" / MATCHES) for seed in (3, 4)]
+    settings = [json.loads((tmp_path / f"{seed}/settings.json").read_text()) for seed in (3, 4)]
+    assert [one["parts"]["0"]["extractor"]["seed"] for one in settings] == [3, 4]
+    assert not tables[0]["score"].equals(tables[1]["score"])
+
+
+def test_a_corrected_command_may_use_the_same_folder(root, tmp_path, capsys):
+    command = ["spair", root, "-m", "mini-dit", "-t", "block.1@100", "-o", tmp_path / "out", "--categories", "cat, cow"]
+    code, _, told = run(capsys, *command, "--prompt", "{label}")
+    assert code == 2 and "no class 'cat'" in told
+    code, _, told = run(capsys, *command, "--prompt", "bag", "--most", 1)
+    assert code == 0, told
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,19 @@ def test_mutual_points_are_cells_seen_in_both():
     assert len(true) == (16 - 3) * (16 - 2)  # the cells that both show
     assert {match.place for match in true} == {(x + 12, y - 8) for x, y in (match.point for match in true)}
     assert [match.score for match in found] == sorted((match.score for match in found), reverse=True)
-    assert mutual_points(one, other, 5).tolist() == points[:5].tolist()
+
+
+def test_few_mutual_points_are_the_best_ones_that_are_spread():
+    one = texture(64, 64)
+    same = aligned(one, one)
+    points = mutual_points(*same, 16)
+    assert torch.cdist(points, points).fill_diagonal_(torch.inf).min() >= 2.5 * CELL  # 16 of 16x16 cells, all alike
+    assert points.min() < 16 and points.max(0).values.min() > 48
+    assert mutual_points(*same, 16).tolist() == points.tolist()
+    assert [len(mutual_points(*same, most)) for most in (1, 7, 255, 256, 900)] == [1, 7, 255, 256, 256]
+    pair = aligned(*shifted())
+    every, few = mutual_points(*pair, 1000).tolist(), mutual_points(*pair, 9).tolist()
+    assert few[0] == every[0] and few == [point for point in every if point in few] and few != every[:9]
 
 
 def test_a_point_outside_is_named():
@@ -262,7 +274,7 @@ def test_points_are_found_from_the_command_line(repkit, pair, tmp_path):
     out, table = tmp_path / "deep" / "m.png", tmp_path / "m.parquet"
     given = ["--points", tmp_path / "p.csv", *MINI, "-o", out, "--table", table]
     code, stdout, err = repkit("match", pair[0], pair[0], *given, "--json")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "mini-unet: up.1@50; 32 px, squash, 1 draw\n")
     report = json.loads(stdout)
     for match, (x, y) in zip(report["matches"], ((5, 9), (20, 14)), strict=True):
         assert abs(match["to_x"] - x) <= 1 and abs(match["to_y"] - y) <= 1  # cells of 2 pixels
@@ -282,7 +294,7 @@ def test_a_point_on_the_command_line_and_a_label(repkit, pair, tmp_path):
     plain = repkit("match", *pair, "--point", "5,9", *given)
     assert plain[0] == 0 and "no --label" in plain[2]
     told = repkit("match", *pair, "--point", "5,9", *given, "--label", "bag")
-    assert told[0] == 0 and told[2] == ""
+    assert told[0] == 0 and told[2].count("\n") == 1 < plain[2].count("\n")
     scores = [json.loads(out)["matches"][0]["score"] for _, out, _ in (plain, told)]
     assert scores[0] != scores[1]
 
@@ -318,8 +330,15 @@ def test_dense_writes_a_picture_and_a_flow(repkit, pair, tmp_path):
         (["--point", "5,9", "--dense"], ["--dense is about all pixels"]),
         (["--point", "5,9", "--table", "a.txt"], ["ends in .txt"]),
         (["--weights", "a"], ["--weights 'a' are no numbers"]),
-        (["--points", "no.csv"], ["no list of pairs no.csv"]),
+        (["--points", "no.csv"], ["no list of points no.csv"]),
         (["--preset", "no"], ["no preset 'no'"]),
+        (["--weights", "0"], ["--weights 0; give 0 or more, and one above 0"]),
+        (["--prompt", "a {thing}"], ["--prompt 'a {thing}'", "write {label}"]),
+        (["--prompt", "a {"], ["--prompt 'a {'", "write {label}"]),
+        (["-o", "y.jpg"], ["--out y.jpg ends in .jpg; give the name of a .png file"]),
+        (["-o", "y.flo", "--dense"], ["--out y.flo ends in .flo"]),
+        (["-o", "w.csv", "--table", "w.csv"], ["--out w.csv ends in .csv"]),
+        (["--points", "w.csv", "--table", "./w.csv"], ["--table w.csv is the list of points"]),
     ],
 )
 def test_mistakes_are_one_line(given, words, repkit, pair, tmp_path):
@@ -327,6 +346,12 @@ def test_mistakes_are_one_line(given, words, repkit, pair, tmp_path):
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
     assert all(word in err for word in words), err
     assert not (tmp_path / "m.png").exists()
+
+
+def test_the_images_are_not_written_over(repkit, pair):
+    before = pair[1].read_bytes()
+    code, _, err = repkit("match", *pair, "-m", "no-such-model", "-o", pair[1])
+    assert code == 2 and "b.png is one of the files to read" in err and pair[1].read_bytes() == before
 
 
 def test_an_image_that_is_none_and_no_model_are_mistakes(repkit, pair, tmp_path):

@@ -5,16 +5,18 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from repkit.datasets.pairs import Pair, image_size, read_pairs
+from repkit.datasets.pairs import Pair, image_size, read_pairs, read_rows
 from repkit.datasets.proposal_flow import read_pf_pascal, read_pf_willow
 from repkit.datasets.spair import read_spair
 from repkit.datasets.tss import dense_points, read_flow, read_tss
+from repkit.images import decode
 
 
 def picture(path: Path, size=(20, 10)) -> Path:
@@ -53,7 +55,7 @@ def test_rows_of_the_same_images_are_one_pair(own):
     assert (first.id, first.source, first.target) == ("a.png>b.png", own / "a.png", own / "b.png")
     np.testing.assert_array_equal(first.source_points, [[0, 0], [19, 9]])
     np.testing.assert_array_equal(first.target_points, [[1.5, 2], [19.5, 29]])
-    assert first.names == ("nose", "tail") and second.names == ("0",)
+    assert first.names == ("nose", "tail") and second.names == ()
     assert first.source_size == second.target_size == (20, 10) and first.target_size == (20, 30)
     assert first.category is None and first.target_box is None
     assert [pair.id for pair in read_pairs(own / "pairs.csv")] == [first.id, second.id]
@@ -104,21 +106,58 @@ def test_a_list_that_is_none(own, text, message):
 
 
 def test_what_is_not_there_is_named(own):
-    with pytest.raises(FileNotFoundError, match="no list of pairs .*pairs.csv"):
+    with pytest.raises(
+        FileNotFoundError, match="no list of pairs .*pairs.csv; write one with a row a point and the co"
+    ):
         read_pairs(own)
-    write_csv(own / "pairs.csv", OWN, [["a.png", "lost.png", 1, 1, 1, 1, ""]])
-    with pytest.raises(FileNotFoundError, match="1 of 2 images of .*pairs.csv are not there: .*lost.png"):
-        read_pairs(own)
-    (own / "lost.png").write_text("no image")
-    with pytest.raises(ValueError, match="cannot read the image .*lost.png"):
+    with pytest.raises(FileNotFoundError, match="no list of points .*other.csv$"):
+        read_rows(own / "other.csv", ["x", "y"], "points")
+    rows = [["a.png", "b.png", 1, 1, 1, 1, ""], ["a.png", "lost.png", 1, 1, 1, 1, ""]]
+    write_csv(own / "pairs.csv", OWN, rows)
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 images of .*pairs.csv are not there: .*lost.png \(line 3\)$"):
         read_pairs(own)
 
 
-def test_the_size_is_that_of_the_upright_picture(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert image_size(tmp_path / "turned.jpg") == (10, 20)
+def test_an_image_that_cannot_be_read_has_no_size(own):
+    write_csv(own / "pairs.csv", OWN, [["a.png", "broken.png", 1, 1, 99, 99, ""]])
+    (own / "broken.png").write_text("no image")
+    [pair] = read_pairs(own)
+    assert (pair.source_size, pair.target_size) == ((20, 10), None)
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_the_size_is_that_of_the_upright_picture(tmp_path, ending, orientation):
+    path = tmp_path / f"turned.{ending}"
+    Image.new("RGB", (20, 10)).save(path, exif=exif(orientation))
+    assert image_size(path) == decode(path).size == ((20, 10) if orientation == 1 else (10, 20))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "1", "I;16"])
+def test_a_png_that_tells_after_its_pixels_which_way_up_it_is(tmp_path, mode):
+    path = tmp_path / "turned.png"
+    Image.new(mode, (20, 10)).save(path)
+    told = b"eXIf" + exif(8).tobytes()
+    chunk = struct.pack(">I", len(told) - 4) + told + struct.pack(">I", crc32(told))
+    content = path.read_bytes()
+    path.write_bytes(content[:-12] + chunk + content[-12:])  # IEND has 12 bytes
+    assert image_size(path) == decode(path).size == (10, 20)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_the_size_of_a_truncated_file_is_that_of_its_header(tmp_path, ending):
+    path = tmp_path / f"cut.{ending}"
+    Image.effect_noise((200, 100), 50).save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match="truncated"):
+        decode(path)
+    assert image_size(path) == (200, 100)
 
 
 def test_a_pair_must_correspond():

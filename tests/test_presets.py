@@ -21,8 +21,9 @@ from repkit.images import Resize
 from repkit.matching.method import Method
 from repkit.store import FeatureStore
 from repkit.taps import parse_taps
+from repkit.tasks.presetchoice import adapt
 from repkit.tasks.presetdata import PRESETS, Preset, PresetPart, get_preset
-from repkit.tasks.presets import adapt, build_correspondence, build_fused, make_correspondence
+from repkit.tasks.presets import build_correspondence, build_fused, make_correspondence
 from tests import tiny_sd, tiny_vit
 from tests.export_cases import write_image, write_images
 
@@ -152,12 +153,39 @@ def test_settings_go_to_the_parts_that_they_are_for():
         ("dino", {"draws": 2}, "--draws 2 with preset dino"),
         ("dift", {"dino": "vit_small_patch16_dinov3"}, "--dino vit_small_.* with preset dift, which has no DINO model"),
         ("sd-dino", {"model": "timm:vit"}, "-m timm:vit with preset sd-dino: .* for DINO give --dino"),
-        ("sd-dino", {"weights": [1.0]}, "1 weights for the 2 parts of sd-dino; give one for each"),
+        ("sd-dino", {"weights": [1.0]}, "1 weight for the 2 parts of sd-dino; give one for each"),
+        ("dift", {"weights": [1.0, 2]}, "2 weights for the 1 part of dift; give one for each"),
+        ("sd-dino", {"weights": [0, 0]}, "--weights 0,0; give 0 or more, and one above 0"),
+        ("sd-dino", {"weights": [1, -1.5]}, "--weights 1,-1.5; give 0 or more"),
+        ("dift", {"dino_taps": ["block.3"]}, "--dino-taps block.3 with preset dift, which has no DINO model"),
+        ("dino", {"taps": ["norm"], "dino_taps": ["cls"]}, "-t and --dino-taps for the one model of dino; give one"),
+        ("dift", {"prompt": "a {thing}"}, r"--prompt 'a \{thing\}' has a field \{thing\}.*write \{label\}"),
+        ("dift", {"prompt": "a {label"}, r"--prompt 'a \{label' is no template .*write \{label\}"),
     ],
 )
 def test_what_a_preset_has_no_part_for_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         adapt(get_preset(name), **changes)
+
+
+def test_taps_of_dino_go_to_its_part(vit):
+    first, second = adapt(get_preset("sd-dino"), taps=TAPS, dino_taps=["block.9", "norm"]).parts
+    assert (first.taps, second.taps) == (tuple(TAPS), ("block.9", "norm"))
+    (only,) = adapt(get_preset("dino"), dino_taps=["block.9"]).parts
+    assert only.taps == ("block.9",)
+    used, built = make_correspondence(None, "mini-unet", TAPS, str(vit), dino_taps=["block.3"])
+    assert [part.taps for part in used.parts] == [tuple(TAPS), ("block.3",)]
+    assert [part.chosen for part in built.parts] == [TAPS, ["block.3"]]
+
+
+def test_a_block_that_another_dino_lacks_is_told_with_its_option(tmp_path):
+    short = str(tiny_vit.save_vit(tmp_path / "vit", depth=3))
+    with pytest.raises(ValueError, match=r"block\.11.*the preset's taps are block\.11, give others with --dino-taps"):
+        make_correspondence("sd-dino", "mini-unet", TAPS, short, size=32)
+    with pytest.raises(ValueError, match=r"the preset's taps are block\.11, give others with -t"):
+        make_correspondence("dino", dino=short, size=32)
+    _, built = make_correspondence("sd-dino", "mini-unet", TAPS, short, size=32, dino_taps=["block.2"])
+    assert built.parts[1].chosen == ["block.2"]
 
 
 def test_sizes_that_were_not_asked_for_are_the_nearest(vit):
@@ -329,3 +357,12 @@ def test_an_export_without_a_model_is_told(repkit, tmp_path):
     assert code == 2 and "no model; give -m MODEL with -t TAPS, or --preset NAME" in err
     code, _, err = repkit("extract", tmp_path, "--preset", "nope", "-o", tmp_path / "out")
     assert code == 2 and "no preset 'nope'; have dift" in err
+
+
+def test_taps_of_dino_are_given_in_an_export(repkit, vit, tmp_path):
+    write_image(tmp_path / "images" / "a.png", 0)
+    out = ["-m", "mini-unet", "-t", "mid@50", "-o", tmp_path / "out", "--dino-taps", "block.3", "--dino-taps", "norm"]
+    code, _, err = repkit("extract", tmp_path / "images", *out)
+    assert code == 2 and "--dino-taps without --dino or --preset" in err
+    assert repkit("extract", tmp_path / "images", *out, "--dino", vit)[0] == 0
+    assert FeatureStore(tmp_path / "out").identity["extractor"]["parts"][1]["keys"] == ["block.3", "norm"]

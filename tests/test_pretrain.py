@@ -134,6 +134,24 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(run, tmp_path):
     assert len(read_checkpoint(again)["callbacks"]["Checkpoints"]["losses"]) == 5
 
 
+@models
+def test_class_noise_changes_the_weights_and_is_the_same_after_a_crash(options, tmp_path, monkeypatch):
+    noisy = replace(options, cond_noise=1.0)
+    pretrain(noisy)
+    assert read_checkpoint(noisy)["hyper_parameters"]["cond_noise"] == 1.0
+    crashed = replace(noisy, out=str(tmp_path / "crashed"))
+    with monkeypatch.context() as patch:
+        crash_at(3, patch)
+        with pytest.raises(RuntimeError, match="crash"):
+            pretrain(crashed)
+    pretrain(crashed)
+    assert_same_run(noisy, crashed)
+    plain = replace(options, out=str(tmp_path / "plain"))
+    pretrain(plain)
+    name = next(name for name in read_checkpoint(plain)["state_dict"] if name.endswith("to_q.weight"))
+    assert not torch.equal(*(read_checkpoint(run)["state_dict"][name] for run in (noisy, plain)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mini-dit"])
 def test_a_killed_process_resumes_to_the_same_bits(options, tmp_path):

@@ -170,6 +170,22 @@ def test_other_frames_and_settings_are_refused(video, tmp_path):
         propagate(video, tmp_path / "masks")
 
 
+@pytest.mark.parametrize("changed", ["0.png", "1.png", "2.png"])
+def test_a_frame_that_is_another_one_since_is_refused(video, tmp_path, changed):
+    (video / "frames" / "2.png").write_text("no picture")
+    frames = list_frames(video / "frames")
+    propagate(video, tmp_path / "masks", frames=frames.slice(0, 3))
+    state, path = (tmp_path / "masks" / STATE).read_bytes(), video / "frames" / changed
+    path.touch()  # the same bytes, however new
+    propagate(video, tmp_path / "masks", frames=frames.slice(0, 3))
+    Image.fromarray(scene(5)[0]).save(path)
+    os.utime(path, (0, 0))  # as a copy that keeps its times is old
+    words = "masks of something else.*first: " if changed == "0.png" else f"{changed} is another file since it was done"
+    with pytest.raises(ValueError, match=words):
+        propagate(video, tmp_path / "masks", frames=frames)
+    assert (tmp_path / "masks" / STATE).read_bytes() == state
+
+
 def test_an_error_before_the_first_mask_leaves_nothing(video, tmp_path):
     class Failing(Greys):
         def __call__(self, images, cond=None, *, grad=False, check=True):
@@ -235,7 +251,7 @@ def test_the_command(repkit, tmp_path):
     with Image.open(out / "overlay.png") as picture:
         assert picture.size == (6 * 196 + 4, 200)
     before = hashes(out)
-    assert repkit(*command) == (0, f"{out}\n", "")
+    assert repkit(*command) == (0, f"{out}\n", "mini-unet: up.2@50; 64 px, squash, 1 draw\n")
     assert hashes(out) == before
 
 
@@ -248,6 +264,10 @@ def test_mistakes_are_told_before_a_model_is_loaded(repkit, video, tmp_path):
         (["--mask", tmp_path / "small.png"], "has 9x9 pixels, but"),
         (["--mask", video / "truth" / "0.png", "--temperature", -1], "temperature=-1"),
         (["--mask", video / "frames" / "1.png"], "is among the images"),
+        (["--mask", video / "truth" / "0.png", "--temperature", 0], "temperature=0.0; give a number above 0\n"),
+        (["--mask", video / "truth" / "0.png", "--truth", tmp_path / "nothere"], "nothere is no folder"),
+        (["--mask", video / "truth" / "0.png", "--truth", tmp_path], "has no mask of a frame after the first"),
+        (["--mask", video / "truth" / "0.png", "--prompt", "a {thing}"], "--prompt 'a {thing}' has a field"),
     ):
         code, printed, err = refused(*more)
         assert (code, printed) == (2, "") and words in err and len(err.splitlines()) == 1

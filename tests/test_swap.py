@@ -9,9 +9,10 @@ from PIL import Image
 
 from repkit import cli
 from repkit.cli.swap import _refiner
+from repkit.dino import DinoExtractor
 from repkit.tasks.refine import Refinement, refined, working_size
 from repkit.tasks.swap import blended, feathered, spilled, swap
-from tests import tiny, tiny_sit
+from tests import tiny, tiny_sit, tiny_vit
 from tests.oracles import GaussianBackbone, class_means, noise_levels
 from tests.patches import by_patches, texture
 
@@ -247,7 +248,7 @@ def test_swap_from_the_command_line(repkit, files):
     for name, more in runs.items():
         given = ["--mask", files / "m.png", "--target-mask", files / "m.png", "-o", files / "deep" / f"{name}.png"]
         code, out, err = repkit("swap", files / "a.png", files / "b.png", *given, *MINI, *more, "--steps", 3, "--json")
-        assert (code, err) == (0, "")
+        assert (code, err) == (0, "mini-unet: up.1@50; 32 px, squash, 1 draw\n")
         report = json.loads(out)
         assert report == {"pixels": int(MASK.sum()), "mirrored": False, "out": str(given[-1])}
         written[name] = given[-1].read_bytes()
@@ -272,3 +273,26 @@ def test_mistakes_are_one_line(repkit, files):
         code, out, err = repkit("swap", files / "a.png", files / "b.png", *given)
         assert (code, out) == (2, "") and len(err.splitlines()) == 1 and word in err
     assert not (files / "o.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--refine-prompt", "a {thing}"], "--refine-prompt: 'a {thing}' has a field {thing}"),
+        (["--prompt", "a {thing}", "--preset", "dift"], "--prompt 'a {thing}' has a field {thing}"),
+        (["-o", "o.jpg"], "--out o.jpg ends in .jpg"),
+        (["-o", "m.png"], "--out m.png is one of the files to read"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(given, words, repkit, files, monkeypatch):
+    monkeypatch.chdir(files)
+    code, out, err = repkit("swap", "a.png", "b.png", "--mask", "m.png", "-m", "no-such-model", *given)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and words in err
+
+
+def test_what_cannot_refine_is_told_before_the_features(repkit, files, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(DinoExtractor, "__call__", None)
+    dino = tiny_vit.save_vit(tmp_path_factory.mktemp("models") / "vit", depth=2)
+    given = ["--mask", files / "m.png", "--refine", 0.5, "-o", files / "o.png", "--preset", "dino", "-t", "norm"]
+    code, _, err = repkit("swap", files / "a.png", files / "b.png", *given, "--dino", dino, "--size", 32)
+    assert code == 2 and "give --refiner MODEL" in err

@@ -176,6 +176,14 @@ def test_overlays_colour_the_objects_only():
         (np.zeros((20, 24), np.uint8), "has only one label, 0; give a mask with objects"),
         (np.eye(20, 25, dtype=np.uint8), "has 25x20 pixels, but .* 24x20; give one of its size"),
         (np.arange(20 * 24, dtype=np.uint16).reshape(20, 24), "has 480 different values, more than the 256 labels"),
+        (
+            (np.arange(20 * 24, dtype=np.uint16) % 65).astype(np.uint8).reshape(20, 24),
+            "has 65 values of grey; a mask has",
+        ),
+        (
+            np.stack([np.arange(480) % 213] * 3, -1).astype(np.uint8).reshape(20, 24, 3),
+            "has 213 values of grey; a mask",
+        ),
         (b"no picture", "cannot read .* as a mask"),
     ],
 )
@@ -187,6 +195,13 @@ def test_what_is_no_mask_is_refused(tmp_path, mask, words):
         Image.fromarray(mask).save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=words):
         read_mask_of(tmp_path / "image.png", tmp_path / "mask.png")
+
+
+def test_as_many_greys_as_are_allowed_are_labels(tmp_path):
+    Image.new("RGB", (24, 20)).save(tmp_path / "image.png")
+    for count, more in ((64, {}), (200, {"most_greys": 200})):
+        Image.fromarray((np.arange(480) % count).astype(np.uint8).reshape(20, 24)).save(tmp_path / "mask.png")
+        assert len(read_mask_of(tmp_path / "image.png", tmp_path / "mask.png", **more)[1]) == count
 
 
 def test_names_that_would_meet_are_refused(video, tmp_path):
@@ -232,6 +247,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(repkit, video, tmp_path):
         (["--mask", frames / "1.png", "-o", tmp_path / "o"], "is among the images"),
         (["--mask", mask, "-o", tmp_path / "o", "--temperature", 0], "temperature=0"),
         (["--mask", tmp_path / "none.png", "-o", tmp_path / "o"], "No such file"),
+        (["--mask", mask, "-o", tmp_path / "o", "--prompt", "a {0}"], "--prompt 'a {0}' has a field {0}"),
     ):
         code, printed, err = repkit(*given, *more)
         assert (code, printed) == (2, "") and words in err and "Traceback" not in err

@@ -9,6 +9,7 @@ from repkit.cli.classify import classify
 from repkit.cli.demo import demo
 from repkit.cli.evaluate import evaluate
 from repkit.cli.extract import extract
+from repkit.cli.fit import fit
 from repkit.cli.match import match
 from repkit.cli.models import blocks, models
 from repkit.cli.presets import presets
@@ -16,6 +17,7 @@ from repkit.cli.pretrain import pretrain
 from repkit.cli.probe import probe
 from repkit.cli.propagate import propagate
 from repkit.cli.search import index, search
+from repkit.cli.segment import segment
 from repkit.cli.swap import swap
 from repkit.cli.sweep import sweep
 from repkit.cli.transfer import transfer
@@ -64,10 +66,12 @@ for command in (
     swap,
     transfer,
     propagate,
+    segment,
     demo,
 ):
     app.command()(command)
 app.add_typer(evaluate, name="evaluate")
-# The recipe reads its own flags.
+# The recipes read their own flags.
 _BARE = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-app.command(context_settings=_BARE)(pretrain)
+for recipe in (fit, pretrain):
+    app.command(context_settings=_BARE)(recipe)

@@ -13,6 +13,7 @@ from repkit.cli.options import (
     Denoiser,
     Device,
     Dino,
+    DinoTaps,
     Draws,
     Json,
     Lora,
@@ -22,12 +23,14 @@ from repkit.cli.options import (
     Preset,
     PresetModel,
     Prompt,
+    Seed,
     Size,
     Taps,
     Vae,
     Weights,
 )
 from repkit.cli.pck import print_results, tell_left_out
+from repkit.cli.presets import say_parts
 from repkit.cli.printing import print_json, say
 from repkit.cli.sharing import sharing
 
@@ -46,11 +49,13 @@ def _options(
     model: PresetModel = None,
     taps: Taps = None,
     dino: Dino = None,
+    dino_taps: DinoTaps = None,
     size: Size = None,
     resize: PairPolicy = None,
     prompt: Prompt = None,
     draws: Draws = None,
     weights: Weights = None,
+    seed: Seed = 0,
     categories: Annotated[str | None, typer.Option(help="only these, e.g. cat,dog")] = None,
     most: Annotated[int | None, typer.Option(min=1, help="only the first so many pairs of each category")] = None,
     alphas: Annotated[
@@ -187,15 +192,16 @@ def _evaluate(
 
     from repkit.progress import Progress
     from repkit.tasks.evaluate_pairs import RESULTS, Rules, Running, evaluate_pairs, search_weights
-    from repkit.tasks.pair_matches import MATCHES
     from repkit.tasks.pair_pictures import draw_pairs
+    from repkit.tasks.pair_table import MATCHES
 
-    categories = None if given["categories"] is None else given["categories"].split(",")
+    categories = None if given["categories"] is None else [one.strip() for one in given["categories"].split(",")]
     alphas = tuple(_numbers("--alphas", given["alphas"]))
     weights = None if search is None else _numbers("--search-weights", search)
     pairs = _first(read(split, categories), given["most"])
     say(f"{len(pairs)} pairs of {len({path for pair in pairs for path in (pair.source, pair.target)})} images")
     preset, correspondence = _build(given, pairs)
+    say_parts(preset)
     used = Rules(
         **{"protocol": preset.protocol, "alphas": alphas, "dtype": given["dtype"]} | rules,
         remove_position=given["remove_position"],
@@ -226,8 +232,8 @@ def _build(given: dict[str, Any], pairs: "Sequence[Pair]") -> Any:
     from repkit.tasks.building import read_config, read_lora
     from repkit.tasks.presets import make_correspondence
 
-    names = "preset model taps dino size draws prompt device revision offline denoiser vae prompt_cache".split()
-    options = {name: given[name] for name in names} | {"policy": given["resize"], "dtype": given["precision"]}
+    names = "preset model taps dino dino_taps size draws prompt seed device revision offline denoiser vae prompt_cache"
+    options = {name: given[name] for name in names.split()} | {"policy": given["resize"], "dtype": given["precision"]}
     options["weights"] = None if given["weights"] is None else _numbers("--weights", given["weights"])
     options["lora"] = [read_lora(one) for one in given["lora"] or []]
     options["config"] = read_config(given["config"] or [])

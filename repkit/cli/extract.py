@@ -12,6 +12,7 @@ from repkit.cli.options import (
     Denoiser,
     Device,
     Dino,
+    DinoTaps,
     Images,
     Json,
     Lora,
@@ -41,6 +42,7 @@ def extract(
     taps: Taps = None,
     preset: Preset = None,
     dino: Dino = None,
+    dino_taps: DinoTaps = None,
     pool: Annotated[str, typer.Option(help="mean, max, gem, NxN such as 2x2, or none")] = "mean",
     dtype: Annotated[Precision, typer.Option(help="of the stored features")] = "float32",
     size: Size = None,
@@ -103,10 +105,14 @@ def extract(
         "prompt_cache": prompt_cache,
     }
     if preset is None and dino is None:
+        if dino_taps:
+            raise ValueError("--dino-taps without --dino or --preset; taps of -m are given with -t")
         extractor = _plain(model, taps or [], size, resize, draws, options)
         what = f"{len(extractor.blocks)} tap{'s' * (len(extractor.blocks) > 1)} of {model}"
     else:
-        extractor, what = _fused(preset, model, taps, dino, size, resize, draws, prompt, options)
+        policy = resize if preset else resize or "crop"
+        changes = {"dino_taps": dino_taps, "size": size, "policy": policy, "draws": draws}
+        extractor, what = _fused((preset, model, taps, dino), changes, prompt, options)
     with blaming("--prompt", prompt):
         check_conditions(extractor, make_conditions(listing, prompt))
     need = estimate_bytes(len(listing), extractor, pool, dtype)
@@ -157,21 +163,16 @@ def _plain(
 
 
 def _fused(
-    preset: str | None,
-    model: str | None,
-    taps: list[str] | None,
-    dino: str | None,
-    size: int | None,
-    resize: Policy | None,
-    draws: int | None,
+    named: tuple[str | None, str | None, list[str] | None, str | None],
+    changes: dict[str, Any],
     prompt: str | None,
     options: dict[str, Any],
 ) -> tuple["Extractor", str]:
     """What a preset, or a model and a DINO beside it, makes of an image, and what that is in words."""
-    from repkit.tasks.presets import build_fused, choose
+    from repkit.tasks.presetchoice import choose
+    from repkit.tasks.presets import build_fused
 
-    policy = resize if preset else resize or "crop"
-    chosen = choose(preset, model, taps, dino, size=size, policy=policy, draws=draws)
+    chosen = choose(*named, **changes)
     used, extractor = build_fused(chosen, **options)
     if any(part.pca for part in used.parts):
         say(f"{used.name} takes principal components of two images together; alone, an image keeps all channels")

@@ -11,6 +11,7 @@ from repkit.cli.mistakes import blaming
 from repkit.cli.options import (
     Device,
     Dino,
+    DinoTaps,
     Draws,
     Json,
     Label,
@@ -25,6 +26,7 @@ from repkit.cli.options import (
     Taps,
     Weights,
 )
+from repkit.cli.presets import say_parts
 from repkit.cli.printing import print_json, say
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def match(
     model: PresetModel = None,
     taps: Taps = None,
     dino: Dino = None,
+    dino_taps: DinoTaps = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="the picture to write, a PNG")] = Path("matches.png"),
     table: Annotated[Path | None, typer.Option(help=".csv or .parquet file of the matches")] = None,
     k: Annotated[int, typer.Option(min=1, help="best places told for each point")] = 3,
@@ -77,7 +80,8 @@ def match(
 
     if dense and (point or points or table or mutual):
         raise ValueError("--dense is about all pixels; leave out --point, --points, --table and --mutual")
-    _check_table(table)
+    check_png(out, source, target)
+    _check_table(table, points)
     pictures = decode(source), decode(target)
     wanted = None if dense else _wanted(point, points, pictures[0].size)
     given: dict[str, Any] = {
@@ -85,6 +89,7 @@ def match(
         "model": model,
         "taps": taps,
         "dino": dino,
+        "dino_taps": dino_taps,
         "size": size,
         "policy": resize,
     }
@@ -109,6 +114,7 @@ def correspondence_of(given: dict[str, Any], label: str | None, *, device: str, 
     from repkit.tasks.presets import make_correspondence
 
     used, found = make_correspondence(**given, device=device, dtype=precision)
+    say_parts(used)
     templates = [part.cond for part in used.parts if part.cond is not None]
     if label is None and any("{label}" in template for template in templates):
         say("no --label, so the network is told nothing of what the images show")
@@ -171,9 +177,21 @@ def _find(
     return matches, heat(one, other, torch.tensor([match.point for match in matches[:HEATS]]), shape)
 
 
-def _check_table(table: Path | None) -> None:
-    if table is not None and table.suffix.lower() not in (".csv", ".parquet"):
+def check_png(out: Path, *inputs: Path) -> None:
+    """Raise ValueError for a name that is not that of a PNG, or that of a file to be read."""
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out} ends in {out.suffix or 'nothing'}; give the name of a .png file")
+    if out.resolve() in [path.resolve() for path in inputs]:
+        raise ValueError(f"--out {out} is one of the files to read; give another name")
+
+
+def _check_table(table: Path | None, points: Path | None) -> None:
+    if table is None:
+        return
+    if table.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"--table {table} ends in {table.suffix or 'nothing'}; give a .csv or .parquet file")
+    if points is not None and table.resolve() == points.resolve():
+        raise ValueError(f"--table {table} is the list of points; give another name")
 
 
 def _write(figure: "Figure", matches: "Sequence[Match]", out: Path, table: Path | None) -> None:

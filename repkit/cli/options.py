@@ -27,6 +27,7 @@ PresetModel = Annotated[
     str | None, typer.Option("--model", "-m", help="as in extract; with --preset, its diffusion model")
 ]
 Dino = Annotated[str | None, typer.Option(help="timm model of the DINO part, or of one beside -m")]
+DinoTaps = Annotated[list[str] | None, typer.Option(help="taps of the DINO part, e.g. block.9; repeatable")]
 Label = Annotated[str | None, typer.Option(help="what the images show, for {label} in the prompt")]
 Prompt = Annotated[str | None, typer.Option(help="what the network is told; may use {label}")]
 PairPolicy = Annotated[Literal["squash", "pad"] | None, typer.Option("--resize", help="for images of another shape")]

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from repkit.cli.options import Json
-from repkit.cli.printing import print_json
+from repkit.cli.printing import print_json, say
 
 if TYPE_CHECKING:
     from repkit.tasks.presetdata import Preset, PresetPart
@@ -32,7 +32,15 @@ def presets(
     for one in PRESETS.values():
         parts = " + ".join(f"{part.model} {part.size} px" for part in one.parts)
         print(f"{one.name:{width}}  {parts}; {one.paper.partition(',')[0]}")
-    print("\nother models take the place of a preset's with -m MODEL and --dino MODEL")
+    print("\nother models take a preset's place with -m MODEL and --dino MODEL, other taps with -t and --dino-taps")
+
+
+def say_parts(preset: "Preset") -> None:
+    """On stderr, a line a part: what a preset, as it is used, runs on each image."""
+    for part in preset.parts:
+        draws = "" if part.is_dino else f", {part.draws} draw{'s' * (part.draws != 1)}"
+        size = "sides of its own" if part.size is None else f"{part.size} px"
+        say(f"{part.model}: {', '.join(part.taps)}; {size}, {part.policy}{draws}")
 
 
 def _plain(preset: "Preset") -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The mask of a video's first frame carried through the others."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from repkit.cli.match import correspondence_of, read_weights
 from repkit.cli.options import (
     Device,
     Dino,
+    DinoTaps,
     Draws,
     Json,
     Label,
@@ -35,6 +37,7 @@ def propagate(
     model: PresetModel = None,
     taps: Taps = None,
     dino: Dino = None,
+    dino_taps: DinoTaps = None,
     top_k: Annotated[int, typer.Option(min=1, help="cells that a cell takes labels from")] = 15,
     temperature: Annotated[float, typer.Option(help="their weights are softmax(cosine / temperature)")] = 0.2,
     radius: Annotated[int, typer.Option(min=0, help="how many cells away they may be; 0: no limit")] = 15,
@@ -70,8 +73,10 @@ def propagate(
     rule = Rule(top_k, temperature, radius or None, context, stretch)
     read_mask_of(Path(listing["path"][0].as_py()), mask)
     check_names(listing, mask, out)
-    given: dict[str, Any] = {"preset": preset, "model": model, "taps": taps, "dino": dino, "size": size}
-    given |= {"policy": resize, "prompt": prompt, "draws": draws, "weights": read_weights(weights)}
+    if truth is not None:
+        _check_truth(truth, listing["id"].to_pylist())
+    given: dict[str, Any] = {"preset": preset, "model": model, "taps": taps, "dino": dino, "dino_taps": dino_taps}
+    given |= {"size": size, "policy": resize, "prompt": prompt, "draws": draws, "weights": read_weights(weights)}
     given |= {"seed": seed, "offline": offline}
     found = correspondence_of(given, label, device=device, precision=precision)
     with Progress("propagate", unit="frames") as progress:
@@ -80,3 +85,11 @@ def propagate(
     for name, score in scores.items():
         say(f"object {name}: J {score:.1%} over {count} frames")
     tell_masks(masks, listing, {"J": scores, "scored": count} if truth else {}, as_json)
+
+
+def _check_truth(truth: Path, frames: Sequence[str]) -> None:
+    from repkit.tasks.mask_folder import mask_path
+
+    if not any(mask_path(truth, name).exists() for name in frames[1:]):
+        have = "has no mask of a frame after the first" if truth.is_dir() else "is no folder"
+        raise ValueError(f"--truth {truth} {have}; give a folder of masks with the frames' names, as PNG")

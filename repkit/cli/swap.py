@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repkit.cli.match import correspondence_of, publish_one, read_weights
+from repkit.cli.match import check_png, correspondence_of, publish_one, read_weights
+from repkit.cli.mistakes import blaming
 from repkit.cli.options import (
     Device,
     Dino,
+    DinoTaps,
     Draws,
     Json,
     Label,
@@ -42,6 +44,7 @@ def swap(
     model: PresetModel = None,
     taps: Taps = None,
     dino: Dino = None,
+    dino_taps: DinoTaps = None,
     refine: Annotated[float, typer.Option(min=0, max=1, help="noise the object to this share of the schedule")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="--refine: from there down")] = 20,
     refiner: Annotated[str | None, typer.Option(help="--refine: the model; else the one of -m or the preset")] = None,
@@ -68,10 +71,13 @@ def swap(
     from io import BytesIO
 
     from repkit.images import decode
-    from repkit.tasks.correspondence import filled
     from repkit.tasks.refine import Refinement, refined
     from repkit.tasks.swap import swap as put
+    from repkit.tasks.templates import check_template, filled
 
+    check_png(out, source, target, mask, *([] if target_mask is None else [target_mask]))
+    with blaming("--refine-prompt", ""):
+        check_template(refine_prompt)
     pictures = decode(source), decode(target)
     masks = _read(mask, source), None if target_mask is None else _read(target_mask, target)
     given: dict[str, Any] = {
@@ -79,17 +85,20 @@ def swap(
         "model": model,
         "taps": taps,
         "dino": dino,
+        "dino_taps": dino_taps,
         "size": size,
         "policy": resize,
     }
     given |= {"prompt": prompt, "draws": draws, "weights": read_weights(weights), "seed": seed, "offline": offline}
     found = correspondence_of(given, label, device=device, precision=precision)
+    # What cannot refine is told before the features are computed.
+    refining = _refiner(found, refiner, device=device, precision=precision, offline=offline) if refine > 0 else None
     swapped = put(*pictures, masks[0], found, target_mask=masks[1], label=label, feather=feather, smooth=smooth)
     if swapped.mirrored:
         say("the source is matched as its mirror image, which is more like the target")
     picture = swapped.picture
-    if refine > 0:
-        backbone, template = _refiner(found, refiner, device=device, precision=precision, offline=offline)
+    if refining is not None:
+        backbone, template = refining
         cond = filled(template if refine_prompt is None else refine_prompt, label)
         how = Refinement(refine, steps, cond, guidance, seed)
         picture = refined(picture, swapped.share, backbone, how)

@@ -10,6 +10,7 @@ from repkit.cli.mistakes import NONE_SUCCEEDED, SOME_FAILED
 from repkit.cli.options import (
     Device,
     Dino,
+    DinoTaps,
     Draws,
     Images,
     Json,
@@ -46,6 +47,7 @@ def transfer(
     model: PresetModel = None,
     taps: Taps = None,
     dino: Dino = None,
+    dino_taps: DinoTaps = None,
     top_k: Annotated[int, typer.Option(min=1, help="cells of the image that a cell takes labels from")] = 10,
     temperature: Annotated[float, typer.Option(help="their weights are softmax(cosine / temperature)")] = 0.1,
     label: Label = None,
@@ -78,8 +80,8 @@ def transfer(
     check_rule(top_k, temperature)
     read_mask_of(image, mask)
     check_names(listing, mask, out)
-    given: dict[str, Any] = {"preset": preset, "model": model, "taps": taps, "dino": dino, "size": size}
-    given |= {"policy": resize, "prompt": prompt, "draws": draws, "weights": read_weights(weights)}
+    given: dict[str, Any] = {"preset": preset, "model": model, "taps": taps, "dino": dino, "dino_taps": dino_taps}
+    given |= {"size": size, "policy": resize, "prompt": prompt, "draws": draws, "weights": read_weights(weights)}
     given |= {"seed": seed, "offline": offline}
     found = correspondence_of(given, label, device=device, precision=precision)
     settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "label": label}

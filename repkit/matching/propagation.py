@@ -125,11 +125,14 @@ def _mean(
 
 def check_rule(top_k: int, temperature: float, radius: int | None = None, chunk: int = CHUNK) -> None:
     """Raise ValueError for settings that `propagate_labels` does not take."""
-    if top_k < 1 or not 0 < temperature < inf or chunk < 1 or (radius is not None and radius < 0):
-        raise ValueError(
-            f"top_k={top_k}, temperature={temperature}, radius={radius}, chunk={chunk}; give a top_k and chunk of 1 or "
-            "more, a temperature above 0, and a radius of 0 or more, or None"
-        )
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}; give 1 or more")
+    if not 0 < temperature < inf:
+        raise ValueError(f"temperature={temperature}; give a number above 0")
+    if radius is not None and radius < 0:
+        raise ValueError(f"radius={radius}; give 0 or more cells, or None for no limit")
+    if chunk < 1:
+        raise ValueError(f"chunk={chunk}; give 1 or more")
 
 
 def _check_alike(target: FeatureMap, context: Sequence[Labelled], radius: int | None) -> None:

@@ -22,6 +22,7 @@ from repkit.matching.nearest import Matches
 from repkit.matching.pca import co_pca
 from repkit.matching.positions import without_position
 from repkit.mirrored import Mirrored
+from repkit.tasks.templates import check_template, filled
 
 Points = Float[Tensor, "n 2"]
 Map = Float[Tensor, "_c _h _w"]
@@ -57,7 +58,11 @@ class Correspondence:
     flip: match from the source's mirror image where that is nearer. positions: by part number and key, a
     `position_component` that is taken off. grid: (h, w) of the fused maps, else the finest among the parts'.
 
-    All points that go in and come out are (x, y) in pixels of the images themselves.
+    Vectors of several parts are fused as in `Fused`; those of one part keep their own norms, as cosines ignore them at
+    cells, but weigh them where features are interpolated. All points that go in and come out are (x, y) in pixels of
+    the images themselves.
+    Raises ValueError for parts that do not go together, of which none has a weight above 0, or which share an
+    extractor and tell it different things; for templates that use anything but {label}; and for resizes that crop.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Correspondence:
                 f"{len(self.parts)} parts, {len(self.conds)} conds, {len(self.pca)} pca; give at least one part, and "
                 "as many of each"
             )
+        _check_parts(self.parts, self.conds)
         self.positions = dict(positions or {})
         self.resize = common_resize([part.extractor.resize for part in self.parts])
         if self.resize.policy == "crop":
@@ -149,7 +155,8 @@ class Correspondence:
                 for at, key in enumerate(part.chosen)
             ]
             for row, own in enumerate(fused):
-                own.append(part.fuse([key[row][None] for key in keys], grid)[0])
+                maps = [key[row][None] for key in keys]
+                own.append((part.join(maps, grid) if len(self.parts) == 1 else part.fuse(maps, grid))[0])
         return [
             FeatureMap(torch.cat(own), self.frame(size), self._mask(size, own[0].device))
             for own, size in zip(fused, sizes, strict=True)
@@ -225,8 +232,14 @@ class Correspondence:
         return mask.to(device)
 
 
-def filled(template: str | None, label: str | None) -> str | None:
-    """What a network is told of an image; nothing where the template needs a label and there is none."""
-    if template is None or ("{label}" in template and label is None):
-        return None
-    return template.format(label=label)
+def _check_parts(parts: Sequence[Part], conds: Sequence[str | None]) -> None:
+    if not any(part.weight for part in parts):
+        raise ValueError(f"{len(parts)} parts, none of a weight above 0; give at least one")
+    told: dict[Extractor, str | None] = {}
+    for part, cond in zip(parts, conds, strict=True):
+        check_template(cond)
+        if told.setdefault(part.extractor, cond) != cond:
+            raise ValueError(
+                f"one extractor is told {told[part.extractor]!r} in one part and {cond!r} in another; build an "
+                "extractor for each"
+            )

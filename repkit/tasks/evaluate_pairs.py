@@ -71,7 +71,7 @@ def evaluate_pairs(
     Beside it lie matches.parquet with a row a point, and the stores of the images' features, unless `features` is
     another folder. told: what else the results are to say. Pairs with an image that cannot be read
     are left out, and named under `left_out`; where all are, there is nothing else.
-    Raises ValueError where `out` holds the matches of something else.
+    Raises ValueError where `out` holds the matches of something else, and for an image that was edited since.
     """
     folder, rules, running = Path(out), rules or Rules(), running or Running()
     if not pairs:
@@ -107,10 +107,11 @@ def search_weights(
     """
     if len(correspondence.parts) != 2:
         raise ValueError(f"{len(correspondence.parts)} part; weights are searched for two, so give --dino or a preset")
-    folder, tried = Path(out) / SEARCH, [weighted(correspondence, weight) for weight in weights]
+    folder, features = Path(out) / SEARCH, Path(out) / SEARCH / FEATURES
+    tried = [weighted(correspondence, weight) for weight in weights]
     scores: list[dict[str, Any]] = []
     for weight, one in zip(weights, tried, strict=True):
-        results = evaluate_pairs(pairs, one, folder / f"weight-{weight:g}", rules, running, features=folder / FEATURES)
+        results = evaluate_pairs(pairs, one, folder / f"weight-{float(weight)!r}", rules, running, features=features)
         if not results["pairs"]:
             name, why = next(iter(results["left_out"].items()))
             raise ValueError(f"no weight can be chosen: all {len(pairs)} pairs are left out; the first, {name}: {why}")
@@ -147,7 +148,7 @@ def _results(found: Matched, rules: Rules) -> dict[str, Any]:
 
 
 def _settings(pairs: Sequence[Pair], correspondence: Correspondence, rules: Rules) -> dict[str, Any]:
-    """What decides the matches; in which order the pairs come does not."""
+    """What decides the matches; in which order the pairs and their points come does not."""
     asked = sorted((_asked(pair) for pair in pairs), key=lambda one: one["id"])
     changes = {"remove_position": rules.remove_position, "stored": rules.dtype, "step": rules.step}
     return {
@@ -159,11 +160,12 @@ def _settings(pairs: Sequence[Pair], correspondence: Correspondence, rules: Rule
 
 def _asked(pair: Pair) -> dict[str, Any]:
     """A pair as JSON has it; files go by their names, so that a benchmark may be moved."""
+    names = pair.names or [""] * len(pair.source_points)
+    rows = sorted(zip(pair.source_points.tolist(), pair.target_points.tolist(), names, strict=True))
     return {
         "id": pair.id,
         "images": [pair.source.name, pair.target.name],
-        "points": [pair.source_points.tolist(), pair.target_points.tolist()],
-        "names": list(pair.names),
+        "points": rows,
         "category": pair.category,
         "box": pair.target_box,
         "flow": pair.flow and [pair.flow.name, pair.flow.stat().st_size],
@@ -171,13 +173,11 @@ def _asked(pair: Pair) -> dict[str, Any]:
 
 
 def _cost(seen: SeenStore, found: Matched, folder: Path) -> dict[str, Any]:
-    """What was measured now; of what an earlier run has done, what it measured."""
+    """What was measured; of pairs that an earlier run has matched, what that measured."""
     path = folder / RESULTS
     earlier = json.loads(path.read_text()).get("cost", {}) if path.is_file() else {}
-    timings = [store.timing for store in seen.stores if store.timing is not None]
     now: dict[str, Any] = {"flops_an_image": None if "flops_an_image" in earlier else _flops(seen)}
-    done = all(one.images for one in timings)
-    now["seconds_an_image"] = sum(one.total / one.images for one in timings) if done else None
+    now["seconds_an_image"] = seen.seconds
     now["seconds_a_pair"] = found.seconds / found.pairs if found.pairs else None
     now["points_a_second"] = found.points / found.seconds if found.seconds else None
     return {name: earlier.get(name) if value is None else value for name, value in now.items()}

@@ -11,7 +11,7 @@ from PIL import Image
 from repkit.images import FORMATS, decode
 
 Index = Int[np.ndarray, "_H _W"]
-MOST = 256  # labels: smoothed edges and JPEG make many more colours than anyone means
+MOST, MOST_GREYS = 256, 64  # labels: smoothed edges and JPEG make more values than anyone means
 _MODES = {"1": "1", "L": "L", "P": "P", "RGB": "RGB", "RGBA": "RGB", "I": "I;16", "I;16": "I;16", "I;16B": "I;16"}
 
 
@@ -57,13 +57,15 @@ class Labels:
         return content.getvalue()
 
 
-def read_mask_of(image: Path, mask: Path) -> tuple[Index, Labels]:
+def read_mask_of(image: Path, mask: Path, *, most_greys: int = MOST_GREYS) -> tuple[Index, Labels]:
     """The numbers 0, 1, ... of the labels of an image's pixels by its mask, and the labels.
 
     A palette or greyscale mask has a label a value, a colour mask one a colour; what is fully transparent is
-    background. Raises OSError for a file that cannot be read, ValueError for one that is no mask, or of another size.
+    background. most_greys: how many values of 8-bit grey may be labels; a photograph has more.
+    Raises OSError for a file that cannot be read, ValueError for one that is no mask, or of another size.
     """
     values, labels = read_mask(mask)
+    _check_greys(mask, labels, most_greys)
     if len(labels) < 2:
         raise ValueError(f"{mask} has only one label, {labels.name(0)}; give a mask with objects and background")
     width, height = decode(image).size
@@ -72,6 +74,16 @@ def read_mask_of(image: Path, mask: Path) -> tuple[Index, Labels]:
             f"{mask} has {values.shape[1]}x{values.shape[0]} pixels, but {image} {width}x{height}; give one of its size"
         )
     return np.searchsorted(labels.values, values), labels
+
+
+def _check_greys(path: Path, labels: Labels, most: int) -> None:
+    """Raise ValueError for more shades of grey than there are labels: a photograph, or edges that are smoothed."""
+    grey = labels.mode == "L" or labels.mode == "RGB" and all(value % 0x10101 == 0 for value in labels.values)
+    if grey and len(labels) > most:
+        raise ValueError(
+            f"{path} has {len(labels)} values of grey; a mask has one value a label, without smoothed edges, and at "
+            f"most {most}"
+        )
 
 
 def read_mask_as(path: Path, labels: Labels) -> Index:

@@ -102,13 +102,29 @@ def _pair(point: Tensor) -> tuple[float, float]:
 def mutual_points(source: Framed, target: Framed, most: int) -> Points:
     """The source's cells that have a mutual nearest neighbour in the target, the most alike first.
 
+    most: if there are more, those are left out that lie near better ones, so that what is left is spread.
     Raises ValueError where there is none.
     """
     points, found = mutual_nearest(source.map, target.map, metric=source.correspondence.method.metric)
     if not len(points):
         raise ValueError("no cells are each other's nearest; give the points, or other taps")
-    order = found.scores.argsort(descending=True, stable=True)[:most]
-    return source.leave(points[order])
+    ordered = points[found.scores.argsort(descending=True, stable=True)]
+    places = (ordered + 0.5) / ordered.new_tensor(source.map.stride)
+    return source.leave(ordered[_spread(places, most)])
+
+
+def _spread(places: Points, most: int) -> list[int]:
+    """The rows of `most` places, given best first and in cells, each as far from those before as there is room for."""
+    apart, chosen = (len(places) / most) ** 0.5, list[int]()
+    distance = places.new_full((len(places),), torch.inf)  # to the nearest chosen one
+    while len(chosen) < min(most, len(places)):
+        free = (distance >= apart).nonzero()
+        if not len(free):
+            apart *= 0.8
+            continue
+        chosen.append(int(free[0]))
+        distance = distance.minimum((places - places[chosen[-1]]).norm(dim=1))
+    return sorted(chosen)
 
 
 def heat(source: Framed, target: Framed, points: Points, shape: tuple[int, int]) -> Float[Tensor, "n H W"]:
@@ -150,8 +166,10 @@ def _median(values: Float[Tensor, "2 h w"], known: Tensor, around: int) -> Float
 
 
 def read_points(path: Path) -> Points:
-    """The points of a .csv file with columns x and y; ValueError naming file and line for what is none."""
-    rows = [numbers([row["x"], row["y"]], f"{path}, line {line}") for line, row in read_rows(path, ("x", "y"))]
+    """The points of a .csv file with columns x and y; FileNotFoundError without it, ValueError naming file and line."""
+    rows = [
+        numbers([row["x"], row["y"]], f"{path}, line {line}") for line, row in read_rows(path, ("x", "y"), "points")
+    ]
     if not rows:
         raise ValueError(f"{path} has no points; give at least one line below the names of its columns")
     return torch.tensor(rows)

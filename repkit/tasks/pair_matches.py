@@ -1,6 +1,6 @@
 """Matches of many pairs of images as one Parquet table, made some pairs at a time and taken up where they stopped."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -15,31 +15,19 @@ import torch
 
 from repkit.datasets.pairs import Pair
 from repkit.datasets.tss import dense_points
+from repkit.features import identity_hash
 from repkit.fusion import finest
 from repkit.heads.pck import box_length
 from repkit.matching.nearest import Matches
 from repkit.matching.positions import same_position, stayed
-from repkit.shards import parquet_bytes, publish, read_parquet
 from repkit.tasks.correspondence import Correspondence, Points, Seen, View
+from repkit.tasks.pair_table import COLUMNS, kept_pairs, write_part, write_table
 from repkit.tasks.seen_store import SeenStore
 
-MATCHES = "matches.parquet"
 CACHE_BYTES = 1 << 30  # of maps that are kept, since the next pairs may need them again
 PART_SECONDS = 10.0  # after which what was matched is written
 Partner = Callable[[Pair], Sequence[int | None] | None]
 Progress = Callable[[int, int, int], None]
-
-# A row a point, all places (x, y) in pixels of their image. x, y: in the source; true, found: in the target. still: the
-# same place in the target, by which alone a match could be found; stayed: whether the match, or the true place, lies
-# within a cell of it. clamped: the point was not on the source image, and was moved to its edge.
-COLUMNS = pa.schema(
-    [(name, pa.string()) for name in ("pair", "category", "source", "target", "name")]
-    + [(f"{what}{axis}", pa.float64()) for what in ("", "true_", "found_", "still_") for axis in "xy"]
-    + [("score", pa.float32())]
-    + [(name, pa.bool_()) for name in ("mirrored", "stayed", "true_stayed", "clamped")]
-    + [(name, pa.float64()) for name in ("box_length", "image_length")]
-    + [(f"{image}_{side}", pa.int32()) for image in ("source", "target") for side in ("width", "height")]
-)
 
 
 @dataclass
@@ -65,32 +53,41 @@ def match_pairs(
     step: int = 1,
     progress: Progress | None = None,
 ) -> Matched:
-    """Find every point of the pairs and write FOLDER/matches.parquet; pairs that are done already are kept.
+    """Find every point of the pairs and write FOLDER/matches.parquet; pairs that are done are kept.
 
-    partner: which points trade places in a mirror image. step: of dense truth, every so many pixels along x and y. A
-    pair without features, or whose annotation does not fit its images, is left out.
+    Done are pairs whose features came from the same files, and where positions are taken off, from the same files of
+    all images. partner: which points trade places in a mirror image. step: of dense truth, every so many pixels along x
+    and y. A pair without features, or whose annotation does not fit its images, is left out.
     """
-    tell, done = progress or (lambda *counts: None), _kept(folder)
+    over = seen.all_files() if correspondence.positions else ""
+    made_of = {pair.id: _made_of(pair, seen, over) for pair in pairs}
+    tell, done = progress or (lambda *counts: None), kept_pairs(folder, made_of)
     found, views = Matched(COLUMNS.empty_table(), {}), _views(correspondence, seen)
     left = [pair for pair in visiting_order(pairs) if pair.id not in done]
     tell(len(pairs) - len(left), len(pairs), 0)
     try:
         for count, pair in enumerate(left, len(pairs) - len(left) + 1):
             try:
-                done[pair.id] = _timed(found, pair, step, seen, views, correspondence, partner)
+                rows = _timed(found, pair, step, seen, views, correspondence, partner)
+                made = pa.array([made_of[pair.id]] * len(rows), pa.string())
+                done[pair.id] = rows.append_column("made_of", made)
                 found.waiting.append(done[pair.id])
             except _LeftOut as error:
                 found.left_out[pair.id] = str(error)
-            _write_part(folder, found, PART_SECONDS)
+            if perf_counter() - found.written >= PART_SECONDS:
+                _write(folder, found)
             tell(count, len(pairs), len(found.left_out))
     finally:
-        _write_part(folder, found)
-    rows = [done[pair.id] for pair in pairs if pair.id in done]
-    found.table = pa.concat_tables([found.table, *rows]).combine_chunks()
-    publish(folder, {MATCHES: parquet_bytes(found.table)})
-    for path in _parts(folder):
-        path.unlink()
+        _write(folder, found)
+    tables = [done[pair.id] for pair in pairs if pair.id in done]
+    found.table = pa.concat_tables([found.table, *tables]).combine_chunks()
+    write_table(folder, found.table)
     return found
+
+
+def _write(folder: Path, found: Matched) -> None:
+    write_part(folder, found.waiting)
+    found.waiting, found.written = [], perf_counter()
 
 
 def visiting_order(pairs: Sequence[Pair]) -> list[Pair]:
@@ -198,7 +195,9 @@ def _rows(
     columns |= {f"{what}{axis}": _numpy(xy)[:, n] for what, xy in places.items() for n, axis in enumerate("xy")}
     columns |= {"name": pair.names or [None] * len(points), "score": _numpy(found.scores).astype(np.float32)}
     columns |= {"stayed": stays, "true_stayed": truly, "clamped": (inside != pair.source_points).any(1)}
-    return pa.table({name: pa.array(columns[name], COLUMNS.field(name).type) for name in COLUMNS.names})
+    return pa.table(
+        {name: pa.array(columns[name], COLUMNS.field(name).type) for name in COLUMNS.names if name in columns}
+    )
 
 
 def _position_only(
@@ -220,28 +219,6 @@ def _numpy(values: torch.Tensor | np.ndarray) -> np.ndarray:
     return values if isinstance(values, np.ndarray) else values.cpu().double().numpy()
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("part-*.parquet"))
-
-
-def _write_part(folder: Path, found: Matched, after: float = 0.0) -> None:
-    """Write what was matched since the last part, under the next free number, if that was long enough ago."""
-    if found.waiting and perf_counter() - found.written >= after:
-        numbers = [int(path.stem.removeprefix("part-")) for path in _parts(folder)]
-        name = f"part-{max(numbers, default=-1) + 1:06d}.parquet"
-        publish(folder, {name: parquet_bytes(pa.concat_tables(found.waiting))})
-        found.waiting, found.written = [], perf_counter()
-
-
-def _kept(folder: Path) -> dict[str, pa.Table]:
-    """The rows of pairs that earlier runs have done, by their ids."""
-    tables = [read_parquet(path) for path in (*_parts(folder), folder / MATCHES) if path.is_file()]
-    return {name: rows for table in tables for name, rows in by_pair(table)}
-
-
-def by_pair(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """The rows of each pair, which follow each other, with its id."""
-    ids = table["pair"].combine_chunks().dictionary_encode().indices.to_numpy()
-    starts = np.flatnonzero(np.diff(ids, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
-        yield table["pair"][start].as_py(), table.slice(start, stop - start)
+def _made_of(pair: Pair, seen: SeenStore, over: str) -> str | None:
+    files = seen.files([(pair.source, pair.category), (pair.target, pair.category)])
+    return None if files is None else identity_hash({"pair": files, "positions": over})

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 
 from repkit.images import decode
 from repkit.shards import read_parquet
-from repkit.tasks.pair_matches import MATCHES, by_pair
 from repkit.tasks.pair_report import pair_rows
+from repkit.tasks.pair_table import MATCHES, by_pair
 from repkit.tasks.pictures import save
 
 if TYPE_CHECKING:

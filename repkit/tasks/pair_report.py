@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from repkit.heads.pck import PROTOCOLS, Average, Number, Pck, pck
-from repkit.tasks.pair_matches import by_pair
+from repkit.tasks.pair_table import by_pair
 
 Threshold = Literal["box", "image"]
 AVERAGES: tuple[Average, ...] = ("image", "point", "category", "pairs")

@@ -60,11 +60,16 @@ class Rule:
 
 @dataclass
 class _Past:
-    """What is done of a video: how many frames, why some have no mask, and the last ones' labels by their number."""
+    """What is done of a video: the frames' files by their hashes, why some have no mask, and the last ones' labels."""
 
-    done: int = 0
+    hashes: list[str] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)
     shares: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def done(self) -> int:
+        """How many frames."""
+        return len(self.hashes)
 
 
 def list_frames(source: Path) -> pa.Table:
@@ -117,7 +122,7 @@ def propagate_mask(
     hashes = {"mask": file_hash(mask), "first": file_hash(Path(video.paths[0]))}
     settings = settings_of(correspondence, frames, task="propagate", **asdict(rule), label=label, **hashes)
     with kept(out, settings):
-        past = _read(out, video.ids)
+        past = _read(out, video)
         if past.done < len(video.ids):
             _go_on(video, past, index, labels, rule, out, progress or (lambda *_: None))
     return Masks(out, labels, [name for name in video.ids if name not in past.failures], past.failures)
@@ -157,6 +162,7 @@ def _go_on(video: _Video, past: _Past, index: Index, labels: Labels, rule: Rule,
     context = deque(earlier, maxlen=rule.context)
     tell(past.done, len(video.ids), len(past.failures))
     for number in range(past.done, len(video.ids)):
+        hashed = _hash(video.paths[number])
         if number == 0:
             write_mask(out, video.ids[0], index, labels)
         elif isinstance(seen := video.look(number), str):
@@ -167,28 +173,40 @@ def _go_on(video: _Video, past: _Past, index: Index, labels: Labels, rule: Rule,
             context.append((number, Labelled(features, shares)))
             picture = to_pixels(shares, seen.size, video.correspondence, stretch=rule.stretch)
             write_mask(out, video.ids[number], picture, labels)
-        past.done, past.shares = number + 1, {number: one.labels for number, one in context}
+        past.hashes.append(hashed)
+        past.shares = {number: one.labels for number, one in context}
         _write(out, past, video.ids)
         tell(past.done, len(video.ids), len(past.failures))
 
 
+def _hash(path: str) -> str:
+    """Of a file's bytes; of what cannot be opened, nothing."""
+    try:
+        return file_hash(Path(path))
+    except OSError:
+        return ""
+
+
 def _write(out: Path, past: _Past, ids: Sequence[str]) -> None:
-    told = {"done": past.done, "ids": identity_hash({"ids": ids[: past.done]}), "failures": past.failures}
+    told = {"files": past.hashes, "ids": identity_hash({"ids": ids[: past.done]}), "failures": past.failures}
     arrays = {f"{number:08d}": shares.float().cpu().contiguous() for number, shares in past.shares.items()}
     publish(out, {STATE: save(arrays, {"repkit": json.dumps(told)})})
 
 
-def _read(out: Path, ids: Sequence[str]) -> _Past:
-    """What is done in the folder; ValueError where that was of other frames, or masks are gone since."""
+def _read(out: Path, video: _Video) -> _Past:
+    """What is done in the folder; ValueError where that was of other frames, or frames or masks are others since."""
     if not (out / STATE).exists():
         return _Past()
     with safe_open(out / STATE, framework="pt") as file:
         told = json.loads(file.metadata()["repkit"])
         shares = {int(key): file.get_tensor(key) for key in sorted(file.keys())}
-    if told["ids"] != identity_hash({"ids": list(ids[: told["done"]])}):
-        raise ValueError(f"{out} has masks of other frames than the first {told['done']} here; choose another --out")
-    past = _Past(told["done"], told["failures"], shares)
-    gone = [name for name in ids[: past.done] if name not in past.failures and not mask_path(out, name).exists()]
-    if gone:
-        raise ValueError(f"{mask_path(out, gone[0])} is gone, which was done; delete {out} to begin again")
+    past = _Past(told["files"], told["failures"], shares)
+    done = video.ids[: past.done]
+    if told["ids"] != identity_hash({"ids": done}):
+        raise ValueError(f"{out} has masks of other frames than the first {past.done} here; choose another --out")
+    for name, path, hashed in zip(done, video.paths, past.hashes, strict=False):
+        if name not in past.failures and not mask_path(out, name).exists():
+            raise ValueError(f"{mask_path(out, name)} is gone, which was done; delete {out} to begin again")
+        if _hash(path) != hashed:
+            raise ValueError(f"{path} is another file since it was done, and later masks come from it; delete {out}")
     return past
