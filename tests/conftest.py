@@ -1,6 +1,7 @@
 """What every test relies on: no network, no display, one thread, the same random numbers each time."""
 
 import os
+from collections.abc import Callable
 
 # Before any import of huggingface_hub or matplotlib, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,3 +28,18 @@ def generator() -> torch.Generator:
 def rng() -> np.random.Generator:
     """A seeded generator for numpy arrays."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def repkit(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; its exit code, stdout and stderr."""
+    from repkit import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main([str(argument) for argument in arguments])
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, *capsys.readouterr()
+
+    return run

@@ -28,19 +28,6 @@ from tests.export_cases import hashes, tiny_unet, write_image, write_images
 ANIMALS = ("cat", "dog", "owl")
 
 
-@pytest.fixture
-def repkit(capsys):
-    """Run the command line in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
-
-
 def check_refused(result: tuple[int, str, str], *words: str, code: int = 2) -> None:
     """Exit code, nothing on stdout, no traceback, and one last line from repkit that has all the words."""
     found, out, err = result

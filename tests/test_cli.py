@@ -40,19 +40,6 @@ COMMANDS = [
 TAPS = ["-t", "mid,up.0@50"]
 
 
-@pytest.fixture
-def repkit(capsys):
-    """Run the command line in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
     """A tree of splits and classes: 10 classes of 8 and 4 images."""

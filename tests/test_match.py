@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from repkit import cli
-from repkit.cli.match import correspondence_of, png_bytes
+from repkit.cli.match import png_bytes
+from repkit.cli.pairing import pairing
 from repkit.datasets.tss import flow_bytes, read_flow
 from repkit.matching.method import Method
 from repkit.tasks.alignment import Framed, align
@@ -245,19 +245,6 @@ def test_pictures_are_the_same_each_time():
 
 
 @pytest.fixture
-def repkit(capsys):
-    """Run the command line in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def pair(tmp_path):
     """A picture and the same picture twice as large."""
     one = texture(32, 32)
@@ -300,7 +287,7 @@ def test_a_point_on_the_command_line_and_a_label(repkit, pair, tmp_path):
 
 
 def test_a_label_that_nothing_is_told_of_is_mentioned(capsys):
-    correspondence_of({"model": "mini-unet", "taps": ["mid@50"]}, "bag", device="cpu", precision="float32")
+    pairing(model="mini-unet", taps=["mid@50"], label="bag").correspondence()
     assert "--label bag is not used: no part of own" in capsys.readouterr().err
 
 

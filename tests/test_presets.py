@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from repkit import cli, zoo
+from repkit import zoo
 from repkit.catalog import aliases
 from repkit.dino import DinoExtractor
 from repkit.extractors import DiffusionExtractor
@@ -54,17 +54,6 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "sd"
     tiny_sd.sd_pipeline().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def repkit(capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 def pictures(*sizes):

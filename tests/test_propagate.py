@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from repkit import cli, shards
+from repkit import shards
 from repkit.fusion import Part
 from repkit.listing import list_images
 from repkit.matching.propagation import Labelled, propagate_labels
@@ -28,19 +28,6 @@ RULE = Rule(top_k=5, temperature=0.1, radius=9, context=2)
 @pytest.fixture
 def video(tmp_path):
     return write_video(tmp_path / "video", FRAMES)
-
-
-@pytest.fixture
-def repkit(capsys):
-    """Run the command line in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 def propagate(video, out, rule=RULE, correspondence=None, frames=None, **options):

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from repkit import cli
 from repkit.datasets.fashion_mnist import load
 from repkit.extractors import DiffusionExtractor
 from repkit.heads.dense_training import DenseRule
@@ -57,19 +56,6 @@ def clothes(tmp_path_factory):
             (root / name).mkdir(exist_ok=True)
             Image.fromarray(np.where(image > 20, 255, 0).astype(np.uint8)).save(root / name / f"{number}.png")
     return root
-
-
-@pytest.fixture
-def repkit(capsys):
-    """Run the command line in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 def pictures(root, size=SIZE[::-1], policy="squash"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from repkit import cli
+from repkit.cli.pairing import pairing
 from repkit.cli.swap import _refiner
 from repkit.dino import DinoExtractor
 from repkit.tasks.refine import Refinement, refined, working_size
@@ -208,27 +208,14 @@ def test_what_cannot_make_images_says_so_before_any_step(monkeypatch):
 
 
 def test_features_of_no_diffusion_model_need_another_refiner():
-    given = {"device": "cpu", "precision": "float32", "offline": True}
+    given = pairing()
     with pytest.raises(ValueError, match="give --refiner MODEL"):
-        _refiner(by_patches(), None, **given)
-    backbone, template = _refiner(by_patches(), "mini-unet", **given)
+        _refiner(by_patches(), None, given)
+    backbone, template = _refiner(by_patches(), "mini-unet", given)
     assert (backbone.name, template) == ("mini-unet", None)
 
 
 # --- the command line
-
-
-@pytest.fixture
-def repkit(capsys):
-    """Run the command line in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

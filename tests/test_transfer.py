@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repkit import cli
 from repkit.listing import list_images
 from repkit.tasks.mask_files import Labels, read_mask_of
 from repkit.tasks.mask_pictures import label_colours, overlay
@@ -20,19 +19,6 @@ MODEL = ["-m", "mini-unet", "-t", "up.2@50"]
 @pytest.fixture
 def video(tmp_path):
     return write_video(tmp_path / "video", 4)
-
-
-@pytest.fixture
-def repkit(capsys):
-    """Run the command line in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 def transfer(video, out, *, targets=None, correspondence=None, **options):

@@ -3,54 +3,32 @@
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from repkit.cli.mistakes import blaming
-from repkit.cli.options import (
-    Device,
-    Dino,
-    DinoTaps,
-    Draws,
-    Json,
-    Label,
-    Offline,
-    PairPolicy,
-    Precision,
-    Preset,
-    PresetModel,
-    Prompt,
-    Seed,
-    Size,
-    Taps,
-    Weights,
-)
-from repkit.cli.presets import say_parts
+from repkit.cli.pairing import Pairing, pairing
 from repkit.cli.printing import print_json, say
+from repkit.cli.sharing import sharing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
     from repkit.tasks.alignment import Framed
-    from repkit.tasks.correspondence import Correspondence
     from repkit.tasks.match import Match
 
 HEATS = 4  # heat maps in a picture
 HEAT_HEIGHT = 240
 
 
+@sharing(pairing)
 def match(
     source: Annotated[Path, typer.Argument(help="image with the points")],
     target: Annotated[Path, typer.Argument(help="image to find them in")],
     point: Annotated[list[str] | None, typer.Option(help="x,y in pixels of the source; repeatable")] = None,
     points: Annotated[Path | None, typer.Option(help=".csv with columns x and y")] = None,
-    preset: Preset = None,
-    model: PresetModel = None,
-    taps: Taps = None,
-    dino: Dino = None,
-    dino_taps: DinoTaps = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="the picture to write, a PNG")] = Path("matches.png"),
     table: Annotated[Path | None, typer.Option(help=".csv or .parquet file of the matches")] = None,
     k: Annotated[int, typer.Option(min=1, help="best places told for each point")] = 3,
@@ -58,17 +36,8 @@ def match(
     most: Annotated[int, typer.Option(min=1, help="without points: mutual nearest cells at the most")] = 20,
     dense: Annotated[bool, typer.Option("--dense", help="draw where every pixel goes; also as a .flo file")] = False,
     smooth: Annotated[int, typer.Option(min=0, help="--dense: median over so many cells around")] = 0,
-    label: Label = None,
-    prompt: Prompt = None,
-    size: Size = None,
-    resize: PairPolicy = None,
-    draws: Draws = None,
-    weights: Weights = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    precision: Precision = "float32",
-    offline: Offline = False,
-    as_json: Json = False,
+    *,
+    shared: Pairing,
 ) -> None:
     """Find points of one image in another.
 
@@ -84,51 +53,19 @@ def match(
     _check_table(table, points)
     pictures = decode(source), decode(target)
     wanted = None if dense else _wanted(point, points, pictures[0].size)
-    given: dict[str, Any] = {
-        "preset": preset,
-        "model": model,
-        "taps": taps,
-        "dino": dino,
-        "dino_taps": dino_taps,
-        "size": size,
-        "policy": resize,
-    }
-    given |= {"prompt": prompt, "draws": draws, "weights": read_weights(weights), "seed": seed, "offline": offline}
-    found = correspondence_of(given, label, device=device, precision=precision)
-    one, other = align(found, *found.see(pictures, label))
+    found = shared.correspondence()
+    one, other = align(found, *found.see(pictures, shared.label))
     if one.mirrored:
         say("the source is matched as its mirror image, which is more like the target")
     if dense:
         from repkit.tasks.match import pixel_flow
 
         flow = pixel_flow(one, other, smooth=smooth)
-        _write_flow(flow, flow_picture(*pictures, flow), out, as_json)
+        _write_flow(flow, flow_picture(*pictures, flow), out, shared.as_json)
         return
     matches, heats = _find(one, other, wanted, k, most, mutual)
     _write(match_picture(*pictures, matches, heats), matches, out, table)
-    _print(matches, out, table, one.mirrored, as_json)
-
-
-def correspondence_of(given: dict[str, Any], label: str | None, *, device: str, precision: str) -> "Correspondence":
-    """What the options of a command say, built; a line on stderr where a prompt or a label is of no use."""
-    from repkit.tasks.presets import make_correspondence
-
-    used, found = make_correspondence(**given, device=device, dtype=precision)
-    say_parts(used)
-    templates = [part.cond for part in used.parts if part.cond is not None]
-    if label is None and any("{label}" in template for template in templates):
-        say("no --label, so the network is told nothing of what the images show")
-    if label is not None and not any("{label}" in template for template in templates):
-        say(f"--label {label} is not used: no part of {used.name} is told a text with {{label}} (see --prompt)")
-    return found
-
-
-def read_weights(text: str | None) -> list[float] | None:
-    """The numbers of --weights; ValueError for what is none."""
-    try:
-        return None if text is None else [float(one) for one in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--weights {text!r} are no numbers; write for example --weights 1,0.5") from None
+    _print(matches, out, table, one.mirrored, shared.as_json)
 
 
 def _wanted(point: Sequence[str] | None, points: Path | None, size: tuple[int, int]) -> "Tensor | None":

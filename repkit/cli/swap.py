@@ -1,31 +1,15 @@
 """An object of one image in the place of another's."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from repkit.cli.match import check_png, correspondence_of, publish_one, read_weights
+from repkit.cli.match import check_png, publish_one
 from repkit.cli.mistakes import blaming
-from repkit.cli.options import (
-    Device,
-    Dino,
-    DinoTaps,
-    Draws,
-    Json,
-    Label,
-    Offline,
-    PairPolicy,
-    Precision,
-    Preset,
-    PresetModel,
-    Prompt,
-    Seed,
-    Size,
-    Taps,
-    Weights,
-)
+from repkit.cli.pairing import Pairing, pairing
 from repkit.cli.printing import print_json, say
+from repkit.cli.sharing import sharing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,17 +18,13 @@ if TYPE_CHECKING:
     from repkit.tasks.correspondence import Correspondence
 
 
+@sharing(pairing)
 def swap(
     source: Annotated[Path, typer.Argument(help="image with the object")],
     target: Annotated[Path, typer.Argument(help="image to put it into")],
     mask: Annotated[Path, typer.Option(help="picture of the source's size, 0 where the object is not")],
     target_mask: Annotated[Path | None, typer.Option(help="of the target; else where --mask transfers")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="the PNG to write")] = Path("swapped.png"),
-    preset: Preset = None,
-    model: PresetModel = None,
-    taps: Taps = None,
-    dino: Dino = None,
-    dino_taps: DinoTaps = None,
     refine: Annotated[float, typer.Option(min=0, max=1, help="noise the object to this share of the schedule")] = 0.0,
     steps: Annotated[int, typer.Option(min=1, help="--refine: from there down")] = 20,
     refiner: Annotated[str | None, typer.Option(help="--refine: the model; else the one of -m or the preset")] = None,
@@ -52,17 +32,8 @@ def swap(
     guidance: Annotated[float, typer.Option(help="--refine: scale of classifier-free guidance")] = 1.0,
     feather: Annotated[float, typer.Option(min=0, help="pixels over which the outline is blended")] = 3.0,
     smooth: Annotated[int, typer.Option(min=0, help="flow: median over so many cells around")] = 1,
-    label: Label = None,
-    prompt: Prompt = None,
-    size: Size = None,
-    resize: PairPolicy = None,
-    draws: Draws = None,
-    weights: Weights = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    precision: Precision = "float32",
-    offline: Offline = False,
-    as_json: Json = False,
+    *,
+    shared: Pairing,
 ) -> None:
     """Put an object in the place of another.
 
@@ -80,32 +51,22 @@ def swap(
         check_template(refine_prompt)
     pictures = decode(source), decode(target)
     masks = _read(mask, source), None if target_mask is None else _read(target_mask, target)
-    given: dict[str, Any] = {
-        "preset": preset,
-        "model": model,
-        "taps": taps,
-        "dino": dino,
-        "dino_taps": dino_taps,
-        "size": size,
-        "policy": resize,
-    }
-    given |= {"prompt": prompt, "draws": draws, "weights": read_weights(weights), "seed": seed, "offline": offline}
-    found = correspondence_of(given, label, device=device, precision=precision)
+    found = shared.correspondence()
     # What cannot refine is told before the features are computed.
-    refining = _refiner(found, refiner, device=device, precision=precision, offline=offline) if refine > 0 else None
-    swapped = put(*pictures, masks[0], found, target_mask=masks[1], label=label, feather=feather, smooth=smooth)
+    refining = _refiner(found, refiner, shared) if refine > 0 else None
+    swapped = put(*pictures, masks[0], found, target_mask=masks[1], label=shared.label, feather=feather, smooth=smooth)
     if swapped.mirrored:
         say("the source is matched as its mirror image, which is more like the target")
     picture = swapped.picture
     if refining is not None:
         backbone, template = refining
-        cond = filled(template if refine_prompt is None else refine_prompt, label)
-        how = Refinement(refine, steps, cond, guidance, seed)
+        cond = filled(template if refine_prompt is None else refine_prompt, shared.label)
+        how = Refinement(refine, steps, cond, guidance, shared.seed)
         picture = refined(picture, swapped.share, backbone, how)
     content = BytesIO()
     picture.save(content, "PNG")
     publish_one(out, content.getvalue())
-    if as_json:
+    if shared.as_json:
         print_json({"pixels": int(swapped.region.sum()), "mirrored": swapped.mirrored, "out": str(out)})
     else:
         print(out)
@@ -121,16 +82,14 @@ def _read(mask: Path, image: Path) -> "np.ndarray":
     return np.isin(index, labels.objects)
 
 
-def _refiner(
-    of: "Correspondence", name: str | None, *, device: str, precision: str, offline: bool
-) -> "tuple[Backbone, str | None]":
+def _refiner(of: "Correspondence", name: str | None, shared: Pairing) -> "tuple[Backbone, str | None]":
     """The model that refines, and the template of what it is told: the first diffusion model, unless one is named."""
     from repkit.extractors import DiffusionExtractor
     from repkit.tasks.building import DTYPES
     from repkit.zoo import load
 
     if name is not None:
-        return load(name, device=device, dtype=DTYPES[precision], offline=offline), None
+        return load(name, device=shared.device, dtype=DTYPES[shared.precision], offline=shared.offline), None
     for extractor, template in of.extractors.items():
         if isinstance(extractor, DiffusionExtractor):
             return extractor.backbone, template

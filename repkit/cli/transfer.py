@@ -5,28 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from repkit.cli.match import correspondence_of, read_weights
 from repkit.cli.mistakes import NONE_SUCCEEDED, SOME_FAILED
-from repkit.cli.options import (
-    Device,
-    Dino,
-    DinoTaps,
-    Draws,
-    Images,
-    Json,
-    Label,
-    Offline,
-    PairPolicy,
-    Precision,
-    Preset,
-    PresetModel,
-    Prompt,
-    Seed,
-    Size,
-    Taps,
-    Weights,
-)
+from repkit.cli.options import Images
+from repkit.cli.pairing import Pairing, pairing
 from repkit.cli.printing import print_json, say
+from repkit.cli.sharing import sharing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,29 +21,16 @@ Mask = Annotated[Path, typer.Option(help="PNG of the image's size; a value or co
 MaskFolder = Annotated[Path, typer.Option("--out", "-o", help="folder of the masks; an unfinished one goes on")]
 
 
+@sharing(pairing)
 def transfer(
     image: Annotated[Path, typer.Argument(help="image with the mask")],
     targets: Images,
     mask: Mask,
     out: MaskFolder,
-    preset: Preset = None,
-    model: PresetModel = None,
-    taps: Taps = None,
-    dino: Dino = None,
-    dino_taps: DinoTaps = None,
     top_k: Annotated[int, typer.Option(min=1, help="cells of the image that a cell takes labels from")] = 10,
     temperature: Annotated[float, typer.Option(help="their weights are softmax(cosine / temperature)")] = 0.1,
-    label: Label = None,
-    prompt: Prompt = None,
-    size: Size = None,
-    resize: PairPolicy = None,
-    draws: Draws = None,
-    weights: Weights = None,
-    seed: Seed = 0,
-    device: Device = "cpu",
-    precision: Precision = "float32",
-    offline: Offline = False,
-    as_json: Json = False,
+    *,
+    shared: Pairing,
 ) -> None:
     """Carry the mask of one image to others.
 
@@ -80,14 +50,11 @@ def transfer(
     check_rule(top_k, temperature)
     read_mask_of(image, mask)
     check_names(listing, mask, out)
-    given: dict[str, Any] = {"preset": preset, "model": model, "taps": taps, "dino": dino, "dino_taps": dino_taps}
-    given |= {"size": size, "policy": resize, "prompt": prompt, "draws": draws, "weights": read_weights(weights)}
-    given |= {"seed": seed, "offline": offline}
-    found = correspondence_of(given, label, device=device, precision=precision)
-    settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "label": label}
+    found = shared.correspondence()
+    settings: dict[str, Any] = {"top_k": top_k, "temperature": temperature, "label": shared.label}
     with Progress("transfer") as progress:
         masks = transfer_masks(image, mask, listing, found, out, **settings, progress=progress)
-    tell_masks(masks, listing, {}, as_json)
+    tell_masks(masks, listing, {}, shared.as_json)
 
 
 def tell_masks(masks: "Masks", images: "pa.Table", more: dict[str, Any], as_json: bool) -> None:
