@@ -3,10 +3,11 @@
 import os
 from collections.abc import Callable
 
-# Before any import of huggingface_hub or matplotlib, which read these once.
+# Before any import of huggingface_hub, matplotlib or numpy, which read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # on a busy machine two threads of a small product wait for each other
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402

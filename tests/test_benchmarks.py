@@ -64,6 +64,16 @@ def test_the_script_of_sweeps_writes_finite_figures(tmp_path):
     assert found and all(math.isfinite(value) and value >= 0 for value in found)
 
 
+def test_the_script_of_best_cells_writes_a_section_and_a_picture(tmp_path, monkeypatch):
+    page, script = tmp_path / "page.md", import_module("best_cells")
+    monkeypatch.setattr(script, "TAPS", {"mini-unet": "mid@50"})
+    monkeypatch.setattr(script, "POOLS", ("mean",))
+    script.main(["--train", "16", "--test", "5", "--page", str(page)])
+    section = page.read_text().split("## Sweep\n")[1]
+    assert "160\ntraining and 50 test images" in section and "<- chosen" in section
+    assert "nan" not in section and (tmp_path / "sweep-mini-unet.png").is_file()
+
+
 def test_section_replaces_its_own_and_keeps_the_others(tmp_path):
     page, write = tmp_path / "page.md", import_module("measuring").write_section
     write(page, "B", "old\n\n### deeper\n\ntext")
