@@ -58,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = make_setting(load(options.model), options.taps, Path(folder), options.images, options.batch)
         figures = measure(setting, options.rounds)
     about = (
-        f"`python benchmarks/sweep.py`: {options.model}, `{options.taps}`, poolings {', '.join(POOLS)}, "
+        f"`python benchmarks/sweep.py --images {options.images} --rounds {options.rounds}`: {options.model}, "
+        f"`{options.taps}`, poolings {', '.join(POOLS)}, "
         f"{len(setting.data.labels)} PNG files of 28x28 pixels, batches of {options.batch}, {options.rounds} rounds."
     )
     body = f"{about}\n\n{machine()}\n\n{figures}"
