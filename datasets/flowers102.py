@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 from repkit.datasets.layout import check_split, find_folder, present
+from repkit.datasets.matlab import read_mat
 from repkit.datasets.samples import Samples
 
 # By the numbers in imagelabels.mat, from 1.
@@ -47,7 +47,4 @@ def read_flowers102(root: str | Path, split: str = "train") -> Samples:
 
 
 def _vector(path: Path, name: str) -> np.ndarray:
-    try:
-        return np.ravel(loadmat(path)[name]).astype(np.int64)
-    except Exception as error:  # scipy raises nearly anything for a damaged file
-        raise ValueError(f"cannot read {name} of {path}; download it again") from error
+    return read_mat(path, name, lambda found: np.ravel(found[name]).astype(np.int64))

@@ -1,12 +1,13 @@
 """PF-Pascal and PF-Willow (Ham et al. 2016, 2018), with the lists of pairs that everybody evaluates on."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
-from scipy.io import loadmat
 
+from repkit.datasets.matlab import read_mat
 from repkit.datasets.pairs import Box, Pair, Points, checked, chosen, extent, numbers, read_cells
 
 PASCAL = (
@@ -128,13 +129,12 @@ def _listed(cells: Sequence[str], where: str) -> list[Points]:
 
 def _annotation(path: Path) -> tuple[Points, Box]:
     """All keypoints of the category, NaN where one is not visible, and the object's box."""
-    try:
-        found = loadmat(path)
-        points = np.array(found["kps"], np.float64).reshape(-1, 2)
+
+    def take(found: Mapping[str, Any]) -> tuple[Points, Box]:
         left, top, right, bottom = (float(side) for side in np.ravel(found["bbox"]))
-    except Exception as error:  # scipy raises nearly anything for a damaged file
-        raise ValueError(f"cannot read kps and bbox of {path}; unpack it again") from error
-    return points, (left, top, right, bottom)
+        return np.array(found["kps"], np.float64).reshape(-1, 2), (left, top, right, bottom)
+
+    return read_mat(path, "kps and bbox", take)
 
 
 def _visible(source: Points, target: Points, where: str) -> tuple[list[Points], list[int]]:

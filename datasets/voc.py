@@ -4,10 +4,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
 from repkit.datasets.layout import check_split, find_folder, present, read_lines
 from repkit.datasets.masks import Mask, Source, read_class_mask
+from repkit.datasets.matlab import read_mat
 from repkit.datasets.proposal_flow import PASCAL
 from repkit.datasets.samples import Samples
 
@@ -51,7 +51,4 @@ def _read_mask(source: Source) -> Mask:
 
 
 def _read_mat(path: Path) -> np.ndarray:
-    try:
-        return np.asarray(loadmat(path)["GTcls"]["Segmentation"][0, 0])
-    except Exception as error:  # scipy raises nearly anything for a damaged file
-        raise ValueError(f"cannot read GTcls.Segmentation of {path}; unpack it again") from error
+    return read_mat(path, "GTcls.Segmentation", lambda found: np.asarray(found["GTcls"]["Segmentation"][0, 0]))

@@ -13,7 +13,7 @@ from repkit.images import decode, decoder_identity
 from repkit.shards import locked, made, publish, sha256
 from repkit.tasks.correspondence import Correspondence, Seen
 from repkit.tasks.mask_files import Index, Labels, read_mask_as
-from repkit.tasks.resuming import SETTINGS, claim
+from repkit.tasks.resuming import claim
 
 OVERLAY = "overlay.png"
 Progress = Callable[[int, int, int], None]  # images done, of how many, and failed
@@ -67,18 +67,10 @@ def refuse_inside(images: Path, out: Path) -> None:
 
 @contextmanager
 def kept(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """A folder for masks that only these settings may fill, by one process at a time.
-
-    An error before the first mask leaves no settings behind, so that others may follow.
-    """
+    """A folder for masks that only these settings may fill, by one process at a time."""
     with made(out), locked(out):
         claim(out, settings, "masks")
-        try:
-            yield
-        except Exception:
-            if os.listdir(out) == [SETTINGS]:
-                (out / SETTINGS).unlink()
-            raise
+        yield
 
 
 def settings_of(correspondence: Correspondence, listing: pa.Table, **more: Any) -> dict[str, Any]:
