@@ -61,7 +61,7 @@ def measure(backbone: Backbone, test: int, zero_shot: int) -> dict[str, Any]:
     """All figures of one model, accuracies in percent."""
     train_images, train_labels = fashion_mnist.load("train")
     test_images, test_labels = (array[:test] for array in fashion_mnist.load("test"))
-    seen, held_out = _tensors(train_images, backbone.size), _tensors(test_images, backbone.size)
+    seen, held_out = tensors(train_images, backbone.size), tensors(test_images, backbone.size)
     trained = probe(backbone, seen, train_labels, held_out, test_labels)
     controls = [
         probe(random_control(backbone, seed), seen, train_labels, held_out, test_labels) for seed in range(CONTROLS)
@@ -133,7 +133,7 @@ def _scored(truth: Labels, predicted: Labels) -> dict[str, Any]:
     return {"accuracy": round(100 * accuracy(truth, predicted), 2), "interval 95": interval, "images": len(truth)}
 
 
-def _tensors(images: np.ndarray, size: int) -> Tensors:
+def tensors(images: np.ndarray, size: int) -> Tensors:
     resize = Resize(size)
     return to_tensor(np.stack([resize(Image.fromarray(image).convert("RGB"))[0] for image in images]))
 
