@@ -73,7 +73,8 @@ def section(found: Mapping[float, Sequence[Mapping[str, Any]]], options: argpars
     return f"""Made by `python benchmarks/cond_noise.py`: {options.model} pretrained anew by its recipe for
 {options.steps:,} steps of 64 images, from {options.seeds} seeds, with Gaussian noise of deviation gamma / sqrt(length)
 on the embedding of the class (`repkit pretrain --cond_noise`). Ridge probe of the best cell as at the top of this page,
-accuracy in percent on {min(options.test, 10_000):,} test images: mean and standard deviation over the seeds, and each run.
+accuracy in percent on {min(options.test, 10_000):,} test images: mean and standard deviation over the seeds, and each
+run.
 
 {table(["gamma", "probe", "each run"], rows)}"""
 
