@@ -71,7 +71,7 @@ def train_pixels(
         if watch.done(losses.detach(), epoch, step + 1) or step + 1 == rule.steps:
             break
     if progress:
-        progress(total, total)
+        progress(step + 1, step + 1)  # all may have stopped before the total
     ensemble.eval()
     return watch.finish(step + 1)
 

@@ -101,6 +101,8 @@ def _fit(
     moments = {key: channel_moments(array) for key, array in data.by_key.items()}
     candidates = _candidates(kind, data, path, n_classes, training)
     epoch = math.ceil(len(data.labels) / training.batch_size)
+    if progress:
+        progress(0, training.epochs)
     train_heads(
         candidates,
         _scaled(data, moments),

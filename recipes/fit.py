@@ -1,12 +1,11 @@
 """`repkit fit`: train heads on frozen features by a recipe; a killed run goes on as if it had not been.
 
-A recipe is a yaml file with `model` (what is trained: Probe or Segmentation), `data` (ImageData or StoreData),
-`trainer` (what Lightning's Trainer takes) and `out`. Weights are the same bits in every run on one machine's CPU at one
-number of threads.
+A recipe is a yaml file, or one of repkit's own by its name, with `model` (what is trained: Probe or Segmentation),
+`data` (ImageData or StoreData), `trainer` (what Lightning's Trainer takes) and `out`. Weights are the same bits in
+every run on one machine's CPU at one number of threads.
 """
 
 import json
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+from repkit.publishing import publish
 from repkit.recipes import image_data, probe, segmentation, store_data  # noqa: F401 - their classes are found by name
 from repkit.recipes.checkpoints import LastCheckpoint
 from repkit.recipes.curves import curve_picture, curve_table
@@ -25,8 +25,8 @@ from repkit.recipes.feature_data import FeatureData
 from repkit.recipes.head_training import HeadTraining
 from repkit.recipes.neighbours import fit_neighbours
 from repkit.recipes.pixels import fit_pixels
-from repkit.recipes.reading import with_config
-from repkit.shards import publish
+from repkit.recipes.reading import recipe_names, with_config
+from repkit.recipes.telling import Bars, quiet
 from repkit.tasks.pictures import save
 from repkit.tasks.resuming import SETTINGS, claim
 
@@ -68,7 +68,9 @@ class FitCLI(LightningCLI):
             settings["val_check_interval"] = min(steps, data.steps_in(data.validate_every))
         out = Path(config.out)
         self.checkpoint = LastCheckpoint(out, config.checkpoint_every)
-        settings["callbacks"] = [*(settings["callbacks"] or []), self.checkpoint]
+        bars = [] if settings["enable_progress_bar"] is False else [Bars()]
+        settings["enable_progress_bar"] = False  # Lightning's own tells on stdout, of epochs that there are none of
+        settings["callbacks"] = [*(settings["callbacks"] or []), *bars, self.checkpoint]
         if settings["logger"] is None:
             settings["logger"] = [CSVLogger(out, name=_LOGS), TensorBoardLogger(out, name=_BOARD)]
         return self.trainer_class(**settings)
@@ -92,10 +94,19 @@ def parse(args: Sequence[str]) -> FitCLI:
             seed_everything_default=False,  # everything random has a seed of its own
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "repkit fit"},
+            parser_kwargs={"prog": "repkit fit", "description": _words()},
             args=with_config(args),
             run=False,
         )
+
+
+def _words() -> str:
+    """What the help says first."""
+    return (
+        "Train heads on frozen features by a recipe: repkit fit RECIPE [--option value ...]. RECIPE is a yaml file, or "
+        f"one of repkit's own by its name: {', '.join(recipe_names())}. A killed run goes on. Options of those with a "
+        "line `recipe:` (knn, pixels) are in: repkit fit RECIPE --help"
+    )
 
 
 def fit(cli: FitCLI) -> dict[str, Any]:
@@ -105,10 +116,10 @@ def fit(cli: FitCLI) -> dict[str, Any]:
     """
     out = Path(cli.config.out)
     out.mkdir(parents=True, exist_ok=True)
-    last = out / "last.ckpt"
-    if not last.exists():  # whatever was begun here kept nothing
+    last, beside = out / "last.ckpt", [_LOGS, _BOARD, "last.ckpt.tmp"]
+    if all(found.name in (SETTINGS, *beside) for found in out.iterdir()):  # whatever was begun here kept nothing
         (out / SETTINGS).unlink(missing_ok=True)
-    claim(out, _settings(cli), "a recipe's results", beside=[_LOGS, _BOARD])
+    claim(out, _settings(cli), "a recipe's results", beside=beside)
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     try:
         trainer.fit(model, data, ckpt_path=last if last.exists() else None, weights_only=True)
@@ -145,11 +156,15 @@ def _write(out: Path, found: dict[str, Any], cli: FitCLI) -> None:
 def _recipe(args: Sequence[str]) -> str:
     """What kind of recipe a file is: its line `recipe:`."""
     given = with_config(args)
+    if not given:
+        raise ValueError(f"no recipe; give a yaml file, or one of repkit's own: {', '.join(recipe_names())}")
     if given[:1] != ["--config"] or len(given) < 2:
         return "heads"
     content = yaml.safe_load(Path(given[1]).read_text())
     if not isinstance(content, dict):
         raise ValueError(f"{given[1]} is no recipe; give a yaml file with model, data and trainer")
+    if isinstance(content.get("model"), str):
+        raise ValueError(f"{given[1]} is no recipe of repkit fit; try: repkit pretrain --config {given[1]}")
     name = content.get("recipe", "heads")
     if name not in ("heads", *OTHERS):
         raise ValueError(f"{given[1]} is a recipe of {name!r}; have heads, {', '.join(OTHERS)}")
@@ -167,7 +182,7 @@ def _settings(cli: FitCLI) -> dict[str, Any]:
 
 def main(args: Sequence[str]) -> None:
     """`repkit fit`: parse, train or go on, test; prints what was found."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no word on devices that are not asked for
+    quiet()
     if (other := OTHERS.get(_recipe(args))) is not None:
         print(other(args))
         return

@@ -1,6 +1,7 @@
 """ImageData: images, cropped and flipped at random, through a frozen model in every step."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
@@ -72,6 +73,12 @@ class ImageData(FeatureData):
         if differing := [part for part in found if found[part].classes != found["train"].classes]:
             raise ValueError(f"the classes of {differing[0]} are not those of train; give splits of one data set")
         return found
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the features of an evaluation, as JSON-ready data."""
+        parts = {name: getattr(self, name) for name in ("name", "root", "options", "splits", "seed", "batch")}
+        return {**parts, "extraction": asdict(self.extraction), "views": asdict(self.views)}
 
     def count(self, part: str) -> int:
         return len(self.samples[part])

@@ -1,14 +1,18 @@
-"""Pixels: an ensemble of pixel classifiers learned from a few masks, as label-efficient segmentation is published."""
+"""Pixels: an ensemble of pixel classifiers learned from a few masks, as label-efficient segmentation is published.
+
+Once trained, it is kept: a run that is killed while it scores goes on from there, one killed before starts over.
+"""
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from einops import rearrange
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from repkit.heads.miou import MeanIou, count_pixels, mean_iou
 from repkit.heads.pixel_bank import PixelBank
@@ -16,9 +20,13 @@ from repkit.heads.pixel_training import PixelRule, drop_small, train_pixels
 from repkit.heads.pixels import PixelEnsemble
 from repkit.heads.places import pixel_places
 from repkit.progress import Progress
+from repkit.publishing import made, publish
 from repkit.recipes.image_data import ImageData
 from repkit.recipes.reading import call
-from repkit.shards import publish
+from repkit.shards import locked
+from repkit.tasks.resuming import claim
+
+HEAD = "head.safetensors"
 
 
 def pixels(
@@ -44,21 +52,32 @@ def pixels(
         recipe: what this is
     """
     data.open(device)
+    folder, channels = Path(out), [shape[0] for shape in data.extractor.shapes.values()]
+    ensemble = PixelEnsemble(channels, len(data.classes), networks=networks, seed=seed).to(device)
+    with made(folder), locked(folder):
+        own = {"networks": networks, "rule": asdict(rule), "small": small, "seed": seed}
+        claim(folder, {"recipe": recipe, **own, "data": data.settings}, "pixel classifiers")
+        if not (folder / HEAD).exists():
+            steps = _train(ensemble, data, rule, small, seed, device)
+            publish(folder, {HEAD: _weights(ensemble, steps)})
+        learned = load_file(folder / HEAD)
+        steps = learned.pop("steps").tolist()
+        ensemble.load_state_dict(learned)
+        found = {"steps": steps, **_scores(ensemble, data)}
+        publish(folder, {"results.json": (json.dumps(found, indent=1) + "\n").encode()})
+    return found
+
+
+def _train(ensemble: PixelEnsemble, data: ImageData, rule: PixelRule, small: int, seed: int, device: str) -> list[int]:
+    """Train on the training split; how many steps each network took."""
     count = data.count("train")
     bank, masks = PixelBank(count, list(data.extractor.shapes.values()), device=device), []
     for row in range(count):
         batch = data.features("train", [row])
         bank.fill(row, [one[0] for one in batch["features"].values()])
         masks.append(drop_small(batch["mask"], small))
-    channels = [shape[0] for shape in data.extractor.shapes.values()]
-    ensemble = PixelEnsemble(channels, len(data.classes), networks=networks, seed=seed).to(device)
     with Progress("train", unit="steps") as progress:
-        steps = train_pixels(ensemble, bank, torch.cat(masks), rule, seed=seed, progress=progress)
-    found = {"steps": steps, **_scores(ensemble, data)}
-    Path(out).mkdir(parents=True, exist_ok=True)
-    files = {"results.json": (json.dumps(found, indent=1) + "\n").encode(), "head.safetensors": _weights(ensemble)}
-    publish(Path(out), files)
-    return found
+        return train_pixels(ensemble, bank, torch.cat(masks), rule, seed=seed, progress=progress)
 
 
 def _scores(ensemble: PixelEnsemble, data: ImageData) -> dict[str, Any]:
@@ -80,8 +99,9 @@ def _named(scores: MeanIou, data: ImageData) -> dict[str, Any]:
     return scores.to_json(data.classes)
 
 
-def _weights(ensemble: PixelEnsemble) -> bytes:
-    return save({name: value.cpu().contiguous() for name, value in ensemble.state_dict().items()})
+def _weights(ensemble: PixelEnsemble, steps: list[int]) -> bytes:
+    weights = {name: value.cpu().contiguous() for name, value in ensemble.state_dict().items()}
+    return save({**weights, "steps": torch.tensor(steps)})
 
 
 def fit_pixels(args: Sequence[str]) -> str:

@@ -3,7 +3,6 @@
 Weights are the same bits in every run on one machine's CPU at one number of threads.
 """
 
-import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,6 @@ import torch
 from jaxtyping import Float
 from jsonargparse import auto_cli
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,6 +23,8 @@ from repkit.datasets.fashion_mnist import DEBIAN
 from repkit.recipes.class_noise import ClassNoise
 from repkit.recipes.mini_models import build_network, mini_model, predict
 from repkit.recipes.model_folder import export_model, read_weights, write_losses
+from repkit.recipes.reading import with_config
+from repkit.recipes.telling import Bars, quiet
 from repkit.recipes.training_images import Batch, TrainingImages, step_generator
 from repkit.schedule import Schedule
 
@@ -187,14 +187,6 @@ class Checkpoints(Callback):
         self.losses = state_dict["losses"]
 
 
-class StepsBar(RichProgressBar):
-    """Progress over all steps: Lightning's own total after a resume is what remains, its count is not."""
-
-    @property
-    def total_train_batches(self) -> int:
-        return self.trainer.max_steps
-
-
 def pretrain(options: Options) -> Path:
     """Train, or go on from out/last.ckpt, then export the averaged weights; returns the folder out/model.
 
@@ -230,9 +222,10 @@ def _trainer(options: Options) -> Trainer:
         accelerator=options.accelerator,
         devices=1,
         precision=options.precision,  # type: ignore[arg-type]
-        callbacks=[Checkpoints(options), StepsBar()],
+        callbacks=[Checkpoints(options), Bars()],
         enable_checkpointing=False,
         enable_model_summary=False,
+        enable_progress_bar=False,
         logger=False,
     )
 
@@ -246,16 +239,16 @@ def _check_same_run(checkpoint: Path, options: Options) -> None:
 
 
 def parse_options(args: Sequence[str] | None = None) -> Options:
-    """Options from `[--config FILE] [--option value ...]`, the later ones winning; without `args`, of this process.
+    """Options from `[FILE] [--option value ...]`, the later ones winning; without `args`, of this process.
 
     Raises SystemExit, after a usage message, for an option or a type that does not fit.
     """
-    return auto_cli(Options, args=None if args is None else list(args), prog="repkit pretrain")
+    return auto_cli(Options, args=None if args is None else with_config(args), prog="repkit pretrain")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """`repkit pretrain`: parse, train or go on, export; prints the model folder."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no word on devices that are not asked for
+    quiet()
     print(pretrain(parse_options(args)))
 
 

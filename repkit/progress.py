@@ -36,7 +36,7 @@ class Progress:
             self.first = done, now
             self.bar.start()  # not before: work of another kind may come first, with a bar of its own
         before, start = self.first
-        speed = f"{(done - before) / (now - start):.1f} {self.unit}/s" if done > before else ""
+        speed = f"{_digits((done - before) / (now - start))} {self.unit}/s" if done > before else ""
         rate = ", ".join(filter(None, (speed, f"{failed} failed" if failed else "", words)))
         self.bar.update(self.task, completed=done, total=total, rate=rate)
         if self.bar.disable and (now - self.told > _SECONDS_A_LINE or done == total):
@@ -51,3 +51,8 @@ class Progress:
     def _stop(self) -> None:
         if self.bar.live.is_started:  # else rich would print an empty line
             self.bar.stop()
+
+
+def _digits(rate: float) -> str:
+    """A rate as people read it: slow work is not 0.0."""
+    return f"{rate:.1f}" if rate >= 1 else f"{rate:.2g}"

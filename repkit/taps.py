@@ -54,6 +54,7 @@ def parse_time(text: str) -> Time:
         return Time("sigma" if match[1] == "sigma" else "logsnr", float(match[2]))
     raise ValueError(
         f"no time {text!r}; write a training timestep (261), sigma=0.26, logsnr=-1.5, clean or clean:1, commas between"
+        + "; blocks at the same times go before the one @: up.1,up.2@50" * ("@" in text)
     )
 
 

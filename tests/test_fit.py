@@ -236,12 +236,38 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_text("recipe: soup\n")
     with pytest.raises(ValueError, match="have heads, knn, pixels"):
         main([str(tmp_path / "r.yaml")])
+    with pytest.raises(ValueError, match="try: repkit pretrain --config"):
+        main(["pretrain"])
+    with pytest.raises(ValueError, match="no recipe; .* dinov2-knn, "):
+        main([])
+
+
+def test_a_folder_of_other_results_is_left_as_it_was(store, tmp_path):
+    """The settings of what lies there decide whether it may go on."""
+    recipe = write_recipe(tmp_path / "r.yaml", stored(store), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    for name in ("settings.json", "cells.parquet"):
+        (tmp_path / "out" / name).write_text("{}")
+    with pytest.raises(ValueError, match="something else"):
+        run(recipe)
+    assert (tmp_path / "out" / "settings.json").read_text() == "{}"
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(store, tmp_path):
+    recipe, out = write_recipe(tmp_path / "r.yaml", stored(store), tmp_path / "out"), tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    for name in ("settings.json", "last.ckpt.tmp", "logs/metrics.csv"):
+        (out / name).write_text("{}")
+    assert run(recipe)["steps"] == 8
 
 
 def test_the_command_prints_what_it_found(store, tmp_path, capsys):
-    main([str(write_recipe(tmp_path / "r.yaml", stored(store), tmp_path / "out")), *CPU])
-    said = capsys.readouterr().out
-    assert "8 steps; best on validation: all, lr 0.0" in said and "test_accuracy " in said
+    recipe = write_recipe(tmp_path / "r.yaml", stored(store), tmp_path / "out")
+    main([str(recipe), *CPU, "--trainer.enable_progress_bar=true"])
+    told = capsys.readouterr()
+    assert told.out.startswith("8 steps; best on validation: all, lr 0.0") and "test_accuracy " in told.out
+    for line in ("train: 8/8, ", "validate: 2/2, ", "test: 3/3, "):  # batches of eight
+        assert line in told.err, told.err
 
 
 def test_samples_that_do_not_count_are_left_out():

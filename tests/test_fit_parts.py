@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from repkit.recipes import reading
 from repkit.recipes.class_noise import ClassNoise
 from repkit.recipes.curves import curve_picture, curve_table
 from repkit.recipes.extraction import Extraction, at_step
@@ -181,6 +182,19 @@ def test_class_noise_has_the_published_size():
     assert noise.delta is not None and noise.delta.shape == (500, 128)
     assert float(noise.delta.std()) == pytest.approx(3 / 128**0.5, rel=0.02)
     assert abs(float(noise.delta.mean())) < 0.01
+
+
+def test_a_recipe_is_a_file_or_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = Path(reading.__file__).parent
+    for given in ("probe", "probe.yaml", "recipes/probe.yaml"):
+        assert reading.with_config([given, "--out", "x"]) == ["--config", str(own / "probe.yaml"), "--out", "x"]
+    Path("probe.yaml").write_text("{}")
+    assert reading.find_recipe("probe.yaml") == Path("probe.yaml")  # one's own comes first
+    for given in ("soup", "elsewhere/probe.yaml"):
+        with pytest.raises(FileNotFoundError, match=f"no recipe {given}; .* probe, probe-store, "):
+            reading.find_recipe(given)
+    assert reading.with_config(["--steps", "3"]) == ["--steps", "3"]
 
 
 def test_the_recipes_are_in_the_wheel():

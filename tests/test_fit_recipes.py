@@ -12,9 +12,12 @@ import torch
 import yaml
 from PIL import Image
 
+from repkit.recipes import neighbours as neighbours_module
+from repkit.recipes import pixels as pixels_module
 from repkit.recipes.extraction import Extraction
 from repkit.recipes.fit import main, parse
 from repkit.recipes.head_options import HeadOptions
+from repkit.recipes.image_data import ImageData
 from repkit.taps import parse_taps
 from repkit.zoo import outline
 from tests import dataset_trees, mask_trees
@@ -121,6 +124,29 @@ def test_neighbours_are_those_of_a_loop_over_images(vit, tmp_path, capsys):
     assert found["images"] == {"train": 6, "validation": 3}
 
 
+def test_neighbours_that_were_killed_go_on_from_their_vectors(vit, tmp_path, monkeypatch):
+    monkeypatch.setattr(neighbours_module, "BATCHES", 1)
+    tree, out = imagenet(tmp_path), tmp_path / "out"
+    small = [f"--data.root={tree.root}", f"--data.extraction.model={vit}", "--data.extraction.size=28"]
+    command = ["dinov2-knn", *small, "--data.batch=4", "--ks=[1, 3]", f"--out={out}"]
+    main(command)
+    results, kept = (out / "results.json").read_bytes(), out / "train-00001.npz"
+    assert len(np.load(kept)["rows"]) == 2  # of six images
+    for gone in (out / "results.json", kept):
+        gone.unlink()
+    seen, features = list[list[int]](), ImageData.features
+
+    def watched(data, part, rows):
+        seen.append(list(rows))
+        return features(data, part, rows)
+
+    monkeypatch.setattr(ImageData, "features", watched)
+    main(command)
+    assert seen == [[4, 5]] and (out / "results.json").read_bytes() == results
+    with pytest.raises(ValueError, match="has neighbours of something else.*pool: max here, mean there"):
+        main([*command, "--pool=max"])
+
+
 def middle(width: int, height: int) -> tuple[float, float, float, float]:
     side = 0.875 * min(width, height)
     return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
@@ -136,6 +162,20 @@ def test_pixel_classifiers_learn_from_the_published_layout(name, tmp_path, capsy
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["steps"] == [3, 3] and len(results["IoU"]) == classes and 0 <= results["mIoU"] <= 1
     assert "counted as published" in capsys.readouterr().out
+
+
+def test_pixel_classifiers_are_trained_once(tmp_path, monkeypatch):
+    tree = mask_trees.write_label_efficient(tmp_path, "cat_15", (*range(15), 255))
+    options = [f"--data.root={tree.root.parent}", "--data.options={name: cat_15}", *MINI]
+    command = ["ddpm-segmentation", *options, "--networks=2", "--small=2", f"--out={tmp_path / 'out'}"]
+    main([*command, "--rule.steps=3"])
+    results = (tmp_path / "out" / "results.json").read_bytes()
+    (tmp_path / "out" / "results.json").unlink()  # killed while it scored
+    monkeypatch.setattr(pixels_module, "train_pixels", None)
+    main([*command, "--rule.steps=3"])
+    assert (tmp_path / "out" / "results.json").read_bytes() == results
+    with pytest.raises(ValueError, match="has pixel classifiers of something else"):
+        main([*command, "--rule.steps=4"])
 
 
 def test_a_probe_of_a_store_runs(tmp_path):

@@ -258,7 +258,7 @@ def test_progress_is_told_epochs():
     told = []
     training = Training(epochs=3, batch_size=20)
     fit_trained("linear", x, y, lrs=[0.1], training=training, progress=lambda *counts: told.append(counts))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 X, Y = blobs(12, 4)

@@ -79,11 +79,14 @@ def test_the_installed_package_is_whole(site: Path, tmp_path: Path) -> None:
         import repkit, repkit.heads.ridge
         print(repkit.__version__)
         print(repkit.heads.ridge.__file__)
-        print(len(repkit.__path__))"""
-    version, ridge, entries = run(sys.executable, "-c", code, cwd=tmp_path, path=site).split()
+        print(len(repkit.__path__))
+        from repkit.recipes.reading import find_recipe
+        print(find_recipe("probe"))"""
+    version, ridge, entries, recipe = run(sys.executable, "-c", code, cwd=tmp_path, path=site).split()
     assert version == PROJECT["project"]["version"]
     assert Path(ridge) == site / "repkit" / "heads" / "ridge.py"
     assert entries == "1"
+    assert Path(recipe) == site / "repkit" / "recipes" / "probe.yaml"
 
 
 @pytest.mark.parametrize("origin", [ROOT, Path("/")], ids=["root", "elsewhere"])

@@ -22,3 +22,13 @@ def test_the_rate_is_that_of_this_runs_own_work(earlier, monkeypatch, capsys):
         f"classify: {earlier + 10}/100, 0.5 images/s",
         f"classify: 100/100, {rate:.1f} images/s, 3 failed, fine",
     ]
+
+
+def test_slow_work_has_a_rate(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(progress, "monotonic", lambda: now)
+    with progress.Progress("probe", unit="epochs") as tell:
+        tell(0, 5)
+        now = 43.0
+        tell(1, 5)
+    assert capsys.readouterr().err.splitlines() == ["probe: 1/5, 0.023 epochs/s"]

@@ -124,6 +124,12 @@ def test_cuts_and_attention_are_those_of_one_image(tmp_path):
     assert len(np.unique(mask[:, :8])) == len(np.unique(mask[:, 8:])) == 1 and mask[0, 0] != mask[0, 15]
 
 
+def test_attention_needs_attention_maps(scenes, tmp_path):
+    with pytest.raises(ValueError, match=r"grey has maps of shape \(16, 20, 24\); .*self.map"):
+        segment(pictures(scenes), Attention(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_attention_of_a_real_model(clothes, tmp_path):
     from repkit.zoo import load as load_model
 
@@ -177,7 +183,7 @@ def test_labels_are_those_of_all_masks(tmp_path):
     white = write_values(tmp_path / "3.png", 0, 255, 255)
     labels = read_labels([white])
     assert labels.values == (0, 255) and labels.mode == "P"
-    with pytest.raises(ValueError, match="have 1 labels together"):
+    with pytest.raises(ValueError, match="have 1 labels in all"):
         read_labels([white], ignore=255)
     Image.new("RGB", (3, 1), "red").save(tmp_path / "4.png")
     with pytest.raises(ValueError, match="masks of colours and of numbers"):
@@ -280,5 +286,9 @@ def test_mistakes_are_told_before_a_model_is_loaded(repkit, clothes, tmp_path):
     ):
         code, printed, err = repkit("segment", *arguments, "-o", out, "-m", "no-such-model")
         assert (code, printed) == (2, "") and words in err and len(err.splitlines()) == 1, err
+    code, _, err = repkit(
+        "segment", images, "--head", "mlp", "--masks", tmp_path / "none", "-o", out, "-m", "no-such-model"
+    )
+    assert code == 2 and f"no folder {tmp_path / 'none'}" in err
     code, _, err = repkit("segment", images, "--head", "ncut", "-o", out)
     assert code == 2 and "no model for" in err and not out.exists()

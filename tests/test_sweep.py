@@ -20,6 +20,7 @@ from repkit.images import Resize
 from repkit.listing import list_images
 from repkit.tasks import sweep_screen
 from repkit.tasks.probe import probe_store, read_labels, split_rows
+from repkit.tasks.resuming import claim
 from repkit.tasks.seen_store import unwatched
 from repkit.tasks.sweep import Rules, sweep
 from repkit.tasks.sweep_cells import make_cells, split_levels
@@ -324,6 +325,13 @@ def test_a_folder_of_other_settings_is_refused(listing, extractor, done):
     assert hashes(done[0]) == before
 
 
+def test_of_many_differences_the_first_are_told(tmp_path):
+    claim(tmp_path, {"taps": dict.fromkeys("abcdefgh", 1)}, "a sweep")
+    (tmp_path / "part.json").write_text("{}")
+    with pytest.raises(ValueError, match="has a sweep of something else; .*taps.d: nothing here, 1 there; and 4 more"):
+        claim(tmp_path, {"taps": {}}, "a sweep")
+
+
 # --- other networks
 
 
@@ -436,7 +444,7 @@ def test_the_command(clothes, tmp_path, capsys):
     assert (code, told) == (2, "") and "--few-shot 'x'; write whole numbers" in err
     code, told, err = run("--json")
     (clothes / "train" / CLASSES[0] / "zz.png").unlink()
-    assert code == 3 and "1 of 49 images could not be read" in err and "1 cells at 1 time," in err
+    assert code == 3 and "1 of 49 images could not be read" in err and "1 cell at 1 time," in err
     results = json.loads(told)
     assert results["chosen"]["cell"] == "mid@50 mean" and len(results["failures"]) == 1
     assert results["test"]["split"]["train"] + results["test"]["split"]["validation"] == SEEN

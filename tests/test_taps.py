@@ -103,6 +103,7 @@ def test_groups_multiply_blocks_and_times_in_order_without_repeats():
         ("mid@", "has no time"),
         ("@100", "no block ''"),
         ("mid@1,", "no time ''"),
+        ("mid@1,up.0@1", "no time 'up.0@1'; .* before the one @: up.1,up.2@50"),
         ("mid@1@2", "no time '1@2'"),
         ([], "no taps given"),
     ],

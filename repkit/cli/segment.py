@@ -39,7 +39,9 @@ def segment(
     ] = None,
     tau: Annotated[float, typer.Option(help="of ncut: cost from which nothing is split, 0 ... 2")] = 0.5,
     alpha: Annotated[float, typer.Option(help="of ncut: power of the affinity")] = 10,
-    threshold: Annotated[float, typer.Option(help="of attention: divergence below which maps are merged")] = 0.9,
+    threshold: Annotated[
+        float, typer.Option(help="of attention: maps closer than this are merged, less: more segments")
+    ] = 0.9,
     networks: Annotated[int, typer.Option(min=1, help="of mlp")] = 10,
     small: Annotated[int, typer.Option(min=0, help="of mlp: drop classes of fewer pixels in an image")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="of training; default: 400, of mlp until it stops")] = None,

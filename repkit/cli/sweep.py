@@ -96,7 +96,8 @@ def _plan(extractor: "Extractor", pools: tuple[str, ...], train: int, validation
         for one in split_levels(extractor)
     ]
     held = max(held_bytes(dims, train, validation) for dims in levels)
-    what = f"{sum(map(len, levels))} cells at {len(levels)} time{'s' * (len(levels) > 1)}"
+    cells = sum(map(len, levels))
+    what = f"{cells} cell{'s' * (cells > 1)} at {len(levels)} time{'s' * (len(levels) > 1)}"
     return f"{train + validation} images, {what}, about {in_bytes(held)} in memory for those of one time"
 
 
