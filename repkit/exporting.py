@@ -28,6 +28,7 @@ from repkit.planning import (
     store_identity,
 )
 from repkit.pooling import pooled_shape
+from repkit.publishing import parquet_bytes, publish, sha256
 from repkit.shards import (
     FAILED,
     FAILURES,
@@ -37,10 +38,7 @@ from repkit.shards import (
     VERSION,
     locked,
     manifest_bytes,
-    parquet_bytes,
-    publish,
     read_parquet,
-    sha256,
     shard_record,
     shards_of,
 )

@@ -21,7 +21,8 @@ from repkit.images import to_tensor
 from repkit.planning import Listing
 from repkit.pooling import pool as pool_map
 from repkit.pooling import pooled_shape
-from repkit.shards import Shard, encode_shard, publish
+from repkit.publishing import publish
+from repkit.shards import Shard, encode_shard
 
 Progress = Callable[[int, int, int], None]
 

@@ -18,17 +18,8 @@ from repkit.backbones.base import Backbone
 from repkit.extractors import Extractor
 from repkit.features import identity_differences
 from repkit.listing import list_images
-from repkit.shards import (
-    LIST,
-    MANIFEST,
-    is_part,
-    manifest_bytes,
-    parquet_bytes,
-    publish,
-    read_manifest,
-    read_parquet,
-    remove_parts,
-)
+from repkit.publishing import parquet_bytes, publish
+from repkit.shards import LIST, MANIFEST, is_part, manifest_bytes, read_manifest, read_parquet, remove_parts
 
 COLUMNS = ("id", "path", "label", "split", "prompt")
 FIELDS = ("label", "split", "id", "prompt")

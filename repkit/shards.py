@@ -2,15 +2,13 @@
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,8 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from repkit.publishing import parquet_bytes, remove, sha256
 
 FORMAT = "repkit-features"
 VERSION = 1
@@ -29,7 +29,6 @@ ROWS = pa.schema(
 )
 FAILED = pa.schema([("path", pa.string()), ("error", pa.string())])
 
-_PART = ".part"  # what a file is called until all of it is on the disk
 _OWN_PART = re.compile(
     r"(images\.parquet|manifest\.json|failures\.parquet|shard-\d{5,}(\.failures\.parquet|\.parquet|\.safetensors))\.part"
 )
@@ -107,50 +106,6 @@ def shard_record(folder: Path, shard: Shard, keys: Sequence[str]) -> dict[str, A
     }
 
 
-def publish(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put files in place, in this order, so that each is there with all of its bytes or not at all.
-
-    A crash, a kill or a power cut leaves at most files that end in `.part`. Raises OSError where writing fails.
-    """
-    parts = {name: folder / (name + _PART) for name in files}
-    try:
-        for name, content in files.items():
-            with _named(folder / name), open(parts[name], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in files:
-            with _named(folder / name):
-                os.replace(parts[name], folder / name)
-        _sync_folder(folder)
-    except BaseException:
-        _remove(parts.values())
-        raise
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Let an OSError name the file that was to be written: `write` names none, and `open` the temporary one."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-@contextmanager
-def made(folder: Path) -> Iterator[None]:
-    """A folder to write into; where that fails, a folder that was not there before goes again."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if new:
-            with suppress(OSError):  # not empty: it is kept
-                folder.rmdir()
-        raise
-
-
 def is_part(name: str) -> bool:
     """Whether an interrupted write of a store leaves files of such a name; others that end so are the user's."""
     return _OWN_PART.fullmatch(name) is not None
@@ -158,21 +113,7 @@ def is_part(name: str) -> bool:
 
 def remove_parts(folder: Path) -> None:
     """Remove what an interrupted write of a store has left."""
-    _remove(path for path in folder.iterdir() if is_part(path.name))
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            path.unlink()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    remove(path for path in folder.iterdir() if is_part(path.name))
 
 
 @contextmanager
@@ -220,18 +161,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
-    """A Parquet file of the table."""
-    sink = BytesIO()
-    pq.write_table(table, sink)
-    return sink.getvalue()
-
-
 def read_parquet(path: Path) -> pa.Table:
     """The table in a Parquet file; no threads, which would not survive a fork."""
     return pq.ParquetFile(pa.BufferReader(path.read_bytes())).read(use_threads=False)
-
-
-def sha256(content: bytes) -> str:
-    """The sha256 in hexadecimal digits."""
-    return hashlib.sha256(content).hexdigest()

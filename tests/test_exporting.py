@@ -25,7 +25,8 @@ from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import Features
 from repkit.images import Resize
 from repkit.listing import list_images
-from repkit.shards import locked, publish
+from repkit.publishing import publish
+from repkit.shards import locked
 from repkit.store import FeatureStore
 from tests.export_cases import TAPS, hashes, tiny_extractor, tiny_unet, write_image, write_images
 

@@ -24,7 +24,8 @@ CORE = [
     *NUMERIC,
     *"backbones.conditions backbones.hashing backbones.prompts backbones.base backbones sampling".split(),
     *"trimming extractors dino mirrored bases fusion listing zeroshot".split(),
-    *"decoding shards planning pipeline store exporting indexfiles retrieval".split(),
+    *"decoding publishing shards planning pipeline store exporting".split(),
+    *"ann where indexfiles indexitems indexsources retrieval".split(),
     *"pipelinefolder checkpoints catalog hub overlays outlines zoo progress".split(),
 ]
 # What each layer may import from repkit; its own name is there for files of one folder.

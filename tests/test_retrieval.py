@@ -9,27 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
+from repkit.ann import METRICS
 from repkit.exporting import export
 from repkit.extractors import DiffusionExtractor
 from repkit.features import Features
 from repkit.images import Resize, to_uint8
 from repkit.indexfiles import ITEMS, MANIFEST, VECTORS
-from repkit.retrieval import METRICS, Index
+from repkit.retrieval import Index
 from tests.oracles import class_means, gaussian_backbone, gaussian_images
-
-
-def nearest(vectors, queries, k, metric):
-    """Scores and rows by brute force in float64, nearest first."""
-    x, q = (np.asarray(array, np.float64) for array in (vectors, queries))
-    if metric == "l2":
-        scores = np.sqrt(((q[:, None] - x[None]) ** 2).sum(2))
-        rows = np.argsort(scores, axis=1)[:, :k]
-    else:
-        if metric == "cosine":
-            x, q = (array / np.linalg.norm(array, axis=1, keepdims=True) for array in (x, q))
-        scores = q @ x.T
-        rows = np.argsort(-scores, axis=1)[:, :k]
-    return np.take_along_axis(scores, rows, 1), rows
+from tests.vectors import brute_force
 
 
 @pytest.fixture
@@ -62,7 +50,7 @@ def store(photos, tmp_path_factory):
 @pytest.mark.parametrize("queries", [1, 200])
 def test_finds_what_brute_force_finds(vectors, rng, metric, queries):
     asked = rng.normal(size=(queries, 24)).astype(np.float32) + 1
-    scores, rows = nearest(vectors, asked, 10, metric)
+    scores, rows = brute_force(vectors, asked, 10, metric)
     hits = Index.build(vectors, metric=metric).search(asked)
     assert (hits.rows == rows).all()
     np.testing.assert_allclose(hits.scores, scores, rtol=1e-4, atol=1e-4)
@@ -125,11 +113,16 @@ def test_vectors_too_large_for_a_distance_are_told(queries):
         (np.array([["a"]]), {}, "give numbers"),
         (np.array([[1.0], [np.nan]]), {}, "row 1 is not finite"),
         (np.array([[1e300]]), {}, "row 0 is not finite"),
-        (np.ones((2, 2)), {"kind": "hnsw"}, "have auto, flat and cosine, ip, l2"),
-        (np.ones((2, 2)), {"metric": "hamming"}, "have auto, flat and cosine, ip, l2"),
+        (np.ones((2, 2)), {"kind": "lsh"}, "have auto, flat, ivf, hnsw, ivf-pq and cosine, ip, l2"),
+        (np.ones((2, 2)), {"metric": "hamming"}, "have auto, flat, ivf, hnsw, ivf-pq and cosine, ip, l2"),
+        (np.ones((2, 2)), {"kind": "ivf-pq"}, "learns from 9984 vectors or more"),
         (np.ones((2, 2)), {"key": "mid@50"}, "an array has no keys"),
         (np.ones((2, 2)), {"ids": ["a", "a"]}, "'a' is given twice"),
         (np.ones((2, 2)), {"labels": ["a"]}, "1 labels for 2 vectors"),
+        (np.ones((2, 2)), {"metadata": {"x": [1]}}, "1 rows of metadata for 2 vectors"),
+        (np.ones((2, 2)), {"metadata": {"x": [1, "a"]}}, "metadata columns of one type"),
+        (np.ones((2, 2)), {"metadata": {"id": ["a", "b"]}}, "metadata has a column 'id'; give ids="),
+        (np.ones((2, 2)), {"metadata": {"label": [1, 2]}, "labels": ["a", "b"]}, "a column 'label'; give labels="),
     ],
 )
 def test_what_cannot_be_indexed_is_told(array, options, message):
@@ -261,8 +254,8 @@ def test_what_is_no_index_is_told(vectors, tmp_path):
     for text, message in [
         ("{", "is damaged"),
         ("[]", "is no index"),
-        (json.dumps(good | {"version": 9}), "format version 9; this repkit reads 1"),
-        (json.dumps({"format": good["format"], "version": 1}), "no count, dimension, identity"),
+        (json.dumps(good | {"version": 9}), "format version 9; this repkit reads 1 and 2"),
+        (json.dumps({"format": good["format"], "version": 2}), "no count, dimension, identity"),
         (json.dumps(good | {"sha256": {}}), "sha256 is .*, not None"),
         (json.dumps(good | {"count": 299}), "does not hold what its manifest says"),
         (json.dumps(good | {"metric": "l2"}), "does not hold what its manifest says"),

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from repkit.exporting import export
-from repkit.shards import Shard, encode_shard, manifest_bytes, publish, shards_of
+from repkit.publishing import publish
+from repkit.shards import Shard, encode_shard, manifest_bytes, shards_of
 from repkit.store import FeatureStore
 from tests.export_cases import tiny_extractor, write_image
 

@@ -160,7 +160,7 @@ def png_bytes(figure: "Figure") -> bytes:
 
 def publish_one(path: Path, content: bytes) -> None:
     """Write a file, whole or not at all."""
-    from repkit.shards import made, publish
+    from repkit.publishing import made, publish
 
     with made(path.parent):
         publish(path.parent, {path.name: content})

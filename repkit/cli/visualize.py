@@ -27,7 +27,7 @@ def visualize(
     """
     from repkit.images import Resize
     from repkit.listing import list_images
-    from repkit.shards import made, publish
+    from repkit.publishing import made, publish
     from repkit.tasks.building import build_extractor
     from repkit.tasks.visualize import visualize as draw
 

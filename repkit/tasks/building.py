@@ -13,8 +13,8 @@ from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import Identity, identity_differences
 from repkit.fusion import Fused, Part
 from repkit.images import Resize
+from repkit.indexsources import prompts_of_their_own
 from repkit.mirrored import Mirrored
-from repkit.retrieval import prompts_of_their_own
 from repkit.zoo import load
 
 # What provenance keeps of `load`.

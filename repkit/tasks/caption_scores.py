@@ -11,7 +11,8 @@ import pyarrow as pa
 from jaxtyping import Float64
 
 from repkit.datasets.captions import Example
-from repkit.shards import locked, made, parquet_bytes, publish, read_parquet, sha256
+from repkit.publishing import made, parquet_bytes, publish, sha256
+from repkit.shards import locked, read_parquet
 from repkit.tasks.judging import Judge
 from repkit.tasks.resuming import claim
 

@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from repkit.heads.scores import wilson_interval
-from repkit.shards import FAILED, parquet_bytes, read_parquet
+from repkit.publishing import parquet_bytes
+from repkit.shards import FAILED, read_parquet
 from repkit.zeroshot.errortable import ErrorTable
 from repkit.zeroshot.posterior import Rule
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from repkit.features import identity_hash
-from repkit.shards import FAILED, made, parquet_bytes, publish
+from repkit.publishing import made, parquet_bytes, publish
+from repkit.shards import FAILED
 from repkit.tasks.classified import COLUMNS, Classified, Tally, read_classified, result_rows
 from repkit.tasks.measuring import forget, keeping, measure_images, part_size, refuse_other, table_bytes
 from repkit.tasks.runsettings import live_settings, replay_settings

@@ -12,7 +12,8 @@ import numpy as np
 from repkit.datasets.pairs import Pair
 from repkit.features import identity_hash
 from repkit.images import Number
-from repkit.shards import locked, made, publish
+from repkit.publishing import made, publish
+from repkit.shards import locked
 from repkit.tasks.correspondence import Correspondence
 from repkit.tasks.extraction_cost import image_flops
 from repkit.tasks.pair_matches import Matched, Partner, match_pairs

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 
 from repkit.images import decode, decoder_identity
-from repkit.shards import locked, made, publish, sha256
+from repkit.publishing import made, publish, sha256
+from repkit.shards import locked
 from repkit.tasks.correspondence import Correspondence, Seen
 from repkit.tasks.mask_files import Index, Labels, read_mask_as
 from repkit.tasks.resuming import claim

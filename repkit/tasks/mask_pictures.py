@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from repkit.images import decode
-from repkit.shards import publish
+from repkit.publishing import publish
 from repkit.tasks.mask_files import Index, Labels
 from repkit.tasks.mask_folder import OVERLAY, Masks
 from repkit.tasks.pictures import mosaic

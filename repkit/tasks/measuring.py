@@ -17,7 +17,8 @@ import pyarrow as pa
 from repkit.decoding import Decoded, decode_ahead
 from repkit.features import identity_differences
 from repkit.images import to_tensor
-from repkit.shards import FAILED, locked, made, parquet_bytes, publish, read_parquet
+from repkit.publishing import made, parquet_bytes, publish
+from repkit.shards import FAILED, locked, read_parquet
 from repkit.zeroshot.classifier import DiffusionClassifier
 from repkit.zeroshot.errortable import ErrorTable
 

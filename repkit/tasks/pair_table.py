@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from repkit.shards import parquet_bytes, publish, read_parquet
+from repkit.publishing import parquet_bytes, publish
+from repkit.shards import read_parquet
 
 MATCHES = "matches.parquet"
 

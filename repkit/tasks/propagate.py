@@ -18,7 +18,7 @@ from repkit.features import identity_hash
 from repkit.listing import list_images
 from repkit.matching.featuremap import FeatureMap
 from repkit.matching.propagation import Labelled, check_rule, propagate_labels
-from repkit.shards import publish
+from repkit.publishing import publish
 from repkit.tasks.correspondence import Correspondence, Seen
 from repkit.tasks.mask_cells import labelled, to_pixels
 from repkit.tasks.mask_files import Index, Labels, read_mask_of

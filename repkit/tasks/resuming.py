@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from repkit.features import identity_differences
-from repkit.shards import publish
+from repkit.publishing import publish
 
 SETTINGS = "settings.json"
+TOLD = 4  # differences
 
 
 def claim(folder: Path, settings: dict[str, Any], what: str, *, beside: Collection[str] = ()) -> None:
@@ -20,9 +21,13 @@ def claim(folder: Path, settings: dict[str, Any], what: str, *, beside: Collecti
     path = folder / SETTINGS
     if not path.exists() or _alone(path):
         if any(found.name not in (SETTINGS, f"{SETTINGS}.part", *beside) for found in folder.iterdir()):
-            raise ValueError(f"{folder} has files that are no {what}; choose an empty or a new folder")
+            raise ValueError(
+                f"{folder} has files that are no {what.removeprefix('a ')}; choose an empty or a new folder"
+            )
         publish(folder, {SETTINGS: (json.dumps(settings, indent=1) + "\n").encode()})
     elif differences := identity_differences(json.loads(json.dumps(settings)), json.loads(path.read_text())):
+        if len(differences) > TOLD + 1:
+            differences = [*differences[:TOLD], f"and {len(differences) - TOLD} more"]
         raise ValueError(f"{folder} has {what} of something else; choose another folder ({'; '.join(differences)})")
 
 

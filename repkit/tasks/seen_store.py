@@ -21,7 +21,8 @@ from repkit.features import identity_hash
 from repkit.listing import list_images
 from repkit.matching.positions import position_component
 from repkit.mirrored import Mirrored
-from repkit.shards import LIST, publish
+from repkit.publishing import publish
+from repkit.shards import LIST
 from repkit.store import FeatureStore
 from repkit.tasks.correspondence import Correspondence, Map, Seen
 

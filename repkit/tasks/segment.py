@@ -14,7 +14,7 @@ from torch import Tensor
 
 from repkit.features import identity_hash
 from repkit.images import FORMATS
-from repkit.shards import publish
+from repkit.publishing import publish
 from repkit.tasks.mask_files import Labels
 from repkit.tasks.mask_folder import Masks, file_hash, kept, mask_path, root_of, write_mask
 from repkit.tasks.segment_method import Learned, Method, Tell
@@ -64,6 +64,7 @@ def segment(
     used = truth if method.supervised else None
     labels, ids = used.labels if used else cluster_labels(), source.ids
     check_names(ids, out)
+    method.check(source)
     with kept(out, _settings(source, method, used)):
         learned = _learned(source, method, used, out, learning or (lambda *_: None))
         method.ready(source, learned, len(labels))

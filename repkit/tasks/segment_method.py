@@ -27,6 +27,9 @@ class Method(ABC):
         """What decides the result beside the features and masks, as JSON-ready data."""
         return {"head": self.name, **asdict(self)}  # type: ignore[call-overload]
 
+    def check(self, source: Source) -> None:  # noqa: B027
+        """Raise ValueError for maps that the method cannot read, before anything is done."""
+
     def learn(self, source: Source, rows: Sequence[int], masks: Masks, classes: int, tell: Tell) -> Learned:
         """What is learned, tensors by name: of a supervised method from images and masks, else from all images."""
         return {}

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from repkit.heads.miou import IGNORE
 from repkit.images import decode
-from repkit.shards import publish
+from repkit.publishing import publish
 from repkit.tasks.mask_files import Index
 from repkit.tasks.mask_folder import OVERLAY
 from repkit.tasks.mask_pictures import Picture, overlay

@@ -11,7 +11,7 @@ import torch
 from repkit.heads.matching_labels import matched_iou
 from repkit.heads.miou import Counts, count_pixels, mean_iou
 from repkit.heads.votes import most_uncertain
-from repkit.shards import publish
+from repkit.publishing import publish
 from repkit.tasks.mask_files import Labels
 from repkit.tasks.segment import Segmented
 from repkit.tasks.segment_source import Source

@@ -37,7 +37,9 @@ class Truth:
 
 
 def find_masks(folder: Path, ids: Sequence[str]) -> list[int]:
-    """The rows of the images that have a mask in the folder; ValueError where none has."""
+    """The rows of the images that have a mask in the folder; ValueError where none has, or there is no folder."""
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}; give one that holds masks as PNG, under the images' names")
     rows = [row for row, name in enumerate(ids) if mask_path(folder, name).exists()]
     if not rows:
         raise ValueError(f"{folder} has no mask of an image; looked for {mask_path(folder, ids[0])} and so on")
@@ -58,7 +60,7 @@ def read_labels(paths: Sequence[Path], ignore: int | None = None) -> Labels:
         ignore = -1 if True in kinds or values <= {0, 255} else IGNORE
     kept = tuple(sorted(values - {ignore}))
     if not 2 <= len(kept) <= IGNORE:
-        raise ValueError(f"{len(paths)} masks have {len(kept)} labels together; give masks with 2 to {IGNORE}")
+        raise ValueError(f"the {len(paths)} given masks have {len(kept)} labels in all; give masks with 2 to {IGNORE}")
     return _shown(kept, found[0])
 
 

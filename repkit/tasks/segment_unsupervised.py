@@ -77,6 +77,14 @@ class Attention(Method):
     side: int = 64
     name: ClassVar[str] = "attention"
 
+    def check(self, source: Source) -> None:
+        for key, (c, h, w) in source.shapes.items():
+            if c != h * w:
+                raise ValueError(
+                    f"{key} has maps of shape {(c, h, w)}; attention merges self-attention [h*w h w], taps such as "
+                    "'up.*.attn.*.self.map@50'"
+                )
+
     def segment(self, source: Source, maps: Maps, places: Float[Tensor, "H W 2"]) -> Int[Tensor, "H W"]:
         merged = merge_attention(aggregate_attention(list(maps.values()), self.side), threshold=self.threshold)
         return likeliest(merged[:IGNORE], places.to(merged))  # masks hold no more labels

@@ -16,7 +16,8 @@ from repkit.dino import DinoExtractor
 from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.features import identity_hash
 from repkit.planning import check_conditions, make_conditions
-from repkit.shards import locked, made, parquet_bytes, publish
+from repkit.publishing import made, parquet_bytes, publish
+from repkit.shards import locked
 from repkit.tasks.pictures import save
 from repkit.tasks.resuming import claim
 from repkit.tasks.sweep_cells import Cell, make_cells, on_backbone

@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from repkit.extractors import DiffusionExtractor, Extractor
 from repkit.heads.scores import accuracy
-from repkit.shards import publish
+from repkit.publishing import publish
 from repkit.tasks.probe import HEADS, probe_features
 from repkit.tasks.sweep_cells import Cell, narrowed, split_levels
 from repkit.tasks.sweep_reading import Gathered, Reader
