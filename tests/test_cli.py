@@ -35,7 +35,7 @@ BENCHMARKS = [
 COMMANDS = [
     *BENCHMARKS,
     *"models blocks presets extract probe sweep visualize index".split(),
-    *"search classify evaluate match swap transfer propagate segment demo".split(),
+    *"search serve classify evaluate match swap transfer propagate segment demo".split(),
 ]
 TAPS = ["-t", "mid,up.0@50"]
 

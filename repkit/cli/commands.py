@@ -18,6 +18,7 @@ from repkit.cli.probe import probe
 from repkit.cli.propagate import propagate
 from repkit.cli.search import index, search
 from repkit.cli.segment import segment
+from repkit.cli.serve import serve
 from repkit.cli.swap import swap
 from repkit.cli.sweep import sweep
 from repkit.cli.transfer import transfer
@@ -61,6 +62,7 @@ for command in (
     visualize,
     index,
     search,
+    serve,
     classify,
     match,
     swap,

@@ -1,0 +1,117 @@
+"""Answers: JSON that no value breaks, and errors as a code and one line, without a trace of the code behind."""
+
+import errno
+import json
+import logging
+import math
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException as Raised
+from starlette.responses import JSONResponse, Response
+
+_log = logging.getLogger("repkit")
+_CODES = {
+    400: "bad_request",
+    401: "no_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "no_such_method",
+    408: "too_slow",
+    409: "conflict",
+    411: "bad_request",
+    413: "too_large",
+    415: "wrong_type",
+    422: "invalid",
+    429: "busy",
+    503: "unavailable",
+    504: "deadline",
+    507: "cannot_store",
+}
+
+
+class Json(JSONResponse):
+    """JSON in ASCII: no text can fail to be sent; numbers that JSON lacks become null."""
+
+    def render(self, content: Any) -> bytes:
+        """The bytes of a body."""
+        try:
+            return _dumped(content)
+        except ValueError:
+            return _dumped(_plain(content))
+
+
+def _dumped(content: Any) -> bytes:
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def code_of(status: int) -> str:
+    """The constant word that stands for a status, where nothing says it more closely."""
+    return _CODES.get(status, "internal" if status >= 500 else "bad_request")
+
+
+def refusal(status: int, message: str, code: str | None = None, **headers: str) -> HTTPException:
+    """What a route raises; the code is that of the status unless another is given."""
+    told = {name.replace("_", "-"): value for name, value in headers.items()}
+    if status in (429, 503):
+        told.setdefault("Retry-After", "1")
+    return HTTPException(status, {"code": code or code_of(status), "message": message}, told)
+
+
+def refused(error: HTTPException) -> Response:
+    """The response for what `refusal` made."""
+    return Json({"error": error.detail}, error.status_code, error.headers)
+
+
+def failure(error: BaseException) -> HTTPException:
+    """How an exception of the library is told: a mistake of the client, no space, or a fault of ours."""
+    if isinstance(error, HTTPException):
+        return error
+    if isinstance(error, TimeoutError):
+        return refusal(504, "the request's time is over; a change may have been made: repeat it with the same key")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG):
+        return refusal(507, f"the change could not be stored ({error.strerror}); searches go on")
+    if isinstance(error, ValueError):
+        return refusal(422, next(iter(str(error).splitlines()), "not valid"))
+    _log.error("a request failed", exc_info=error)
+    return HTTPException(500, {"code": "internal", "message": "a fault of the service; its log says more"})
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Tell every error in the one form."""
+    for kind in (ValueError, OSError, Exception):
+        app.add_exception_handler(kind, _on_failure)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(Raised, _on_raised)
+
+
+async def _on_failure(_: Request, error: Exception) -> Response:
+    return refused(failure(error))
+
+
+async def _on_invalid(_: Request, error: Exception) -> Response:
+    """Where the request is wrong and how, without what was sent."""
+    assert isinstance(error, RequestValidationError)
+    lines = [f"{'.'.join(str(part)[:80] for part in one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
+    return refused(refusal(422, "; ".join(lines)[:2000]))
+
+
+async def _on_raised(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Raised)
+    if isinstance(error.detail, dict):
+        return Json({"error": error.detail}, error.status_code, error.headers)
+    message = str(error.detail)[:500]
+    return Json(
+        {"error": {"code": code_of(error.status_code), "message": message}},
+        error.status_code,
+        error.headers,
+    )

@@ -1,0 +1,129 @@
+"""Run: the service on a socket, until it is told to end; then it finishes what it has begun."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from repkit.service.app import create_app
+from repkit.service.metrics import Metrics
+from repkit.service.settings import Settings
+from repkit.service.state import Service
+
+HEADER_SECONDS = 10.0  # for the headers of a request, from the connection or the answer before
+MOST_CONNECTIONS = 512
+
+
+class _Patient(H11Protocol):
+    """HTTP/1.1, but a client that does not send the headers of its request in time is hung up on."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._waits: asyncio.TimerHandle | None = None
+        self._wait()
+
+    def _wait(self) -> None:
+        self._waits = self.loop.call_later(HEADER_SECONDS, self._hang_up)
+
+    def _hang_up(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before and self._waits is not None:
+            self._waits.cancel()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._waits is not None:
+            self._waits.cancel()
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waits is not None:
+            self._waits.cancel()
+        super().connection_lost(exc)
+
+
+class Server(uvicorn.Server):
+    """Tells when it is ready; after SIGTERM says so by /readyz for a while, and only then stops to listen."""
+
+    def __init__(self, app: FastAPI, settings: Settings, ready: Callable[[str], None]) -> None:
+        config = uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            http=_Patient,
+            ws="none",
+            lifespan="on",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MOST_CONNECTIONS,
+            timeout_keep_alive=int(HEADER_SECONDS),
+            timeout_graceful_shutdown=int(settings.grace),
+        )
+        super().__init__(config)
+        self._app, self._settings, self._ready, self._told = app, settings, ready, 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and tell the address."""
+        await super().startup(sockets)
+        if self.started:
+            address = self.servers[0].sockets[0].getsockname()
+            host = f"[{address[0]}]" if ":" in address[0] else address[0]
+            self._ready(f"http://{host}:{address[1]}")
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal begins the end, a second one hurries it."""
+        self._told += 1
+        service = getattr(self._app.state, "service", None)
+        if service is None or self._told > 1:
+            self.force_exit = self.should_exit = True
+            return
+        service.draining = True
+        if sig == signal.SIGINT:
+            self.should_exit = True
+        else:
+            asyncio.get_running_loop().call_later(self._settings.notice, self._end)
+
+    def _end(self) -> None:
+        self.should_exit = True
+
+
+def serve(settings: Settings, ready: Callable[[str], None], progress: Any = None) -> None:
+    """Serve until a signal, and finish what has begun.
+
+    ready: called with the address once requests are answered. Raises ValueError and OSError for an index that cannot
+    be opened and for an address that cannot be listened on.
+    """
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # what strangers send is no news
+    with listening(settings.host, settings.port) as taken:
+        service = Service.open(settings, Metrics(), progress)
+        Server(create_app(settings, service), settings, ready).run(sockets=[taken])
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket bound to an address; OSError naming it where that cannot be."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sends small answers at once (TCP_NODELAY) only where the socket says that it is of TCP.
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise OSError(error.errno, f"cannot listen there ({error.strerror})", f"{host}:{port}") from error
+    return taken

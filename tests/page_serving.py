@@ -1,0 +1,130 @@
+"""The service in a thread, and a real browser whose requests and complaints are kept."""
+
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Thread
+from typing import Any
+
+import pytest
+
+FLAGS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+PATIENCE = 15_000  # milliseconds that a busy machine may take for what is awaited
+
+
+@contextmanager
+def served(settings: Any) -> Iterator[str]:
+    """The service of `settings` on a free port; yields its address."""
+    import uvicorn
+
+    from repkit.service.app import create_app
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, ws="none"))
+    thread = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.02)
+    assert server.started, "the service did not start"
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        listener.close()
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, without a window; skips the tests where it or playwright is absent."""
+    api = pytest.importorskip("playwright.sync_api", reason="no playwright; pip install playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium; apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@dataclass
+class Watched:
+    """What pages have done: addresses asked for, complaints and dialogs; `expected`: HTTP errors of the test's own."""
+
+    origin: str
+    requests: list[Any] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    dialogs: list[str] = field(default_factory=list)
+    expected: set[int] = field(default_factory=set)
+
+    def check(self) -> None:
+        """No request left the origin, no dialog was opened, and nothing was complained of that was not expected."""
+        local = (self.origin, f"blob:{self.origin}")
+        away = [one.url for one in self.requests if not one.url.startswith(local)]
+        assert not away and not self.dialogs, (away, self.dialogs)
+        told = [f"status of {status}" for status in self.expected] + (["ERR_"] if 0 in self.expected else [])
+        problems = [one for one in self.problems if not any(text in one for text in told)]
+        assert not problems, problems
+
+
+def watch(page: Any, watched: Watched) -> None:
+    """Keep what a page does from now on."""
+
+    def complain(one: Any) -> None:
+        if one.type in ("error", "warning"):
+            watched.problems.append(one.text)
+
+    def dismiss(one: Any) -> None:
+        watched.dialogs.append(one.message)
+        one.dismiss()
+
+    page.on("request", lambda one: watched.requests.append(one))
+    page.on("console", complain)
+    page.on("pageerror", lambda error: watched.problems.append(str(error)))
+    page.on("dialog", dismiss)
+
+
+Opener = Callable[..., tuple[Any, Watched]]
+
+
+@contextmanager
+def opener(browser: Any, origin: str) -> Iterator[Opener]:
+    """A function that opens the page at a "#..." in a fresh profile; at the end all that was watched is checked."""
+    opened: list[tuple[Any, Watched]] = []
+
+    def open_page(view: str = "", **options: Any) -> tuple[Any, Watched]:
+        context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        context.set_default_timeout(PATIENCE)
+        page, watched = context.new_page(), Watched(origin)
+        watch(page, watched)
+        opened.append((context, watched))
+        page.goto(f"{origin}/{view}")
+        return page, watched
+
+    yield open_page
+    for context, watched in opened:
+        context.close()
+        watched.check()
+
+
+def texts(page: Any, selector: str) -> list[str]:
+    """What the elements say, in their order."""
+    return page.locator(selector).all_text_contents()
+
+
+def shown_ids(page: Any) -> list[str]:
+    """The ids of the grid, once there is a grid."""
+    page.locator("#grid .tile:not(.waiting)").first.wait_for()
+    return page.locator("#grid .tile").evaluate_all("tiles => tiles.map((tile) => tile.dataset.id)")
