@@ -22,6 +22,7 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float32
 from measuring import PAGE, Spread, machine, ratio, spread, table, take_turns, write_section
+from threadpoolctl import threadpool_limits
 
 from repkit.ann import Built, build_vectors, search_vectors, unit
 from repkit.ann.tuning import Trial, trials
@@ -60,16 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--views", type=int, default=3, help=f"of each image, at most {len(VIEWS)}")
     parser.add_argument("--taps", default=TAPS, help="of one width")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch and FAISS; OMP_NUM_THREADS for numpy")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch, FAISS and numpy")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    faiss.omp_set_num_threads(options.threads)
+    with threadpool_limits(options.threads):
+        body = measured(options)
+    print(body)
+    write_section(options.page, "Search", body)
+
+
+def measured(options: argparse.Namespace) -> str:
+    """The section."""
     data = features(options.images, options.views, options.taps)
     count, dimension = data.vectors.shape
-    body = f"""`python benchmarks/search_kinds.py`: {count:,} vectors of {dimension} numbers (mini-unet, {options.taps},
-{options.views} views of each image), cosine; recall@10 of {len(data.measuring):,} queries, of images that are not in
-the index; {options.rounds} rounds; faiss {faiss.__version__}.
+    return f"""`python benchmarks/search_kinds.py`: {count:,} vectors of {dimension} numbers (mini-unet, {options.taps},
+{options.views} views of each image), cosine; recall@10 of {len(data.measuring):,} queries, of images that are
+not in the index; {options.rounds} rounds; faiss {faiss.__version__}.
 
 {machine()}
 
@@ -89,8 +97,6 @@ A flat index with a filter, the time of FAISS's own search with a selector of ro
 Memory of an index that is read from its file, and the file, in bytes a vector of {dimension} numbers:
 
 {memory(data)}"""
-    print(body)
-    write_section(options.page, "Search", body)
 
 
 def features(images: int, views: int, taps: str) -> Data:

@@ -199,6 +199,8 @@ def pretrain(options: Options) -> Path:
         _check_same_run(last, options)
     denoiser = Denoiser(options)
     if options.compile:
+        # What was compiled for another network of the class would serve for this one, and without its hooks.
+        torch.compiler.reset()
         denoiser.network.compile()
     data = TrainingImages(
         options.data,

@@ -151,7 +151,8 @@ def test_a_recall_that_cannot_be_reached_is_told(images, caplog, monkeypatch, sm
         ({"recall": 1.5}, "recall=1.5"),
         ({"memory": 0}, "memory=0"),
         ({"memory": 50}, "memory=50 bytes for 100 vectors of 3; the smallest kind takes 1200"),
-        ({"memory": 50, "kind": "hnsw"}, 'memory=50 bytes is too little for kind="hnsw"'),
+        ({"memory": 50, "kind": "hnsw"}, 'memory=50 bytes and kind="hnsw" takes 15627; use "auto"'),
+        ({"memory": 50, "kind": "ivf-pq"}, "learns from 9984 vectors"),
         ({"kind": "ivf-pq"}, '"ivf-pq" learns from 9984 vectors or more and has 100'),
     ],
 )

@@ -64,6 +64,13 @@ def test_the_script_of_sweeps_writes_finite_figures(tmp_path):
     assert found and all(math.isfinite(value) and value >= 0 for value in found)
 
 
+def test_the_script_of_search_writes_finite_figures(tmp_path):
+    page = tmp_path / "page.md"
+    import_module("search_kinds").main(["--images", "60", "--views", "1", "--rounds", "1", "--page", str(page)])
+    found = figures(page, "Search")
+    assert len(found) > 60 and all(math.isfinite(value) and value >= 0 for value in found)
+
+
 def test_the_script_of_best_cells_writes_a_section_and_a_picture(tmp_path, monkeypatch):
     page, script = tmp_path / "page.md", import_module("best_cells")
     monkeypatch.setattr(script, "TAPS", {"mini-unet": "mid@50"})

@@ -152,6 +152,18 @@ def test_class_noise_changes_the_weights_and_is_the_same_after_a_crash(options, 
     assert not torch.equal(*(read_checkpoint(run)["state_dict"][name] for run in (noisy, plain)))
 
 
+@pytest.mark.slow  # compiles two networks
+@pytest.mark.parametrize("model", ["mini-dit"])
+def test_class_noise_is_in_a_network_compiled_after_one_without(options, tmp_path):
+    runs = [replace(options, out=str(tmp_path / str(gamma)), cond_noise=gamma, compile=True) for gamma in (0.0, 1.0)]
+    runs.append(replace(options, out=str(tmp_path / "eager"), cond_noise=1.0))
+    for run in runs:
+        pretrain(run)
+    plain, noisy, eager = (read_checkpoint(run)["callbacks"]["Checkpoints"]["losses"] for run in runs)
+    assert not torch.allclose(noisy, plain, rtol=1e-5)
+    torch.testing.assert_close(noisy, eager, rtol=1e-4, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["mini-dit"])
 def test_a_killed_process_resumes_to_the_same_bits(options, tmp_path):

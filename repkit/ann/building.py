@@ -12,7 +12,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from repkit.ann.nearest import METRICS, Found, Vectors
 from repkit.ann.searching import search_vectors
-from repkit.ann.sizes import KINDS, Parameters, fits, kinds_for, parameters_for
+from repkit.ann.sizes import KINDS, Parameters, kinds_for, parameters_for, size
 from repkit.ann.tuning import NEGLIGIBLE, Trial, held_out, reaches, smallest, trials
 
 faiss: Any = _faiss  # whose stubs lack what its Python adds
@@ -63,13 +63,17 @@ def build_vectors(
     """
     _check(vectors, kind, metric, recall, memory, queries)
     if kind != "auto":
-        if not fits(kind, len(vectors), vectors.shape[1], memory) and memory is not None:
-            raise ValueError(f'memory={memory} bytes is too little for kind="{kind}"; use "auto" or give more')
+        if memory is not None and (least := _bytes(kind, len(vectors), vectors.shape[1], memory)) > memory:
+            raise ValueError(f'memory={memory} bytes and kind="{kind}" takes {least}; use "auto" or give more')
         built = _build(vectors, kind, metric, recall, memory, seed, queries, progress)
         if built.recall is not None and built.recall < recall - NEGLIGIBLE:
             _log.warning("%s reaches a recall of %.3f, not %g", kind, built.recall, recall)
         return built
     return _build_fastest(vectors, metric, recall, memory, seed, queries, progress)
+
+
+def _bytes(kind: str, count: int, dimension: int, memory: int) -> int:
+    return size(kind, count, dimension, parameters_for(kind, count, dimension, memory))
 
 
 def _build_fastest(
