@@ -102,5 +102,3 @@ class Asking:
             writer.close()
             self._streams = None
         return int(head.split(b" ", 2)[1])
-
-
