@@ -87,10 +87,10 @@ def measured(base: Vectors, queries: Vectors, options: argparse.Namespace) -> st
         bare = faiss.IndexFlatIP(DIMENSION)
         bare.add(np.ascontiguousarray(base))
         with serving(large) as (served, opened):
-            rows = saturated(served, bare, queries, options)
-            rows += steady(served, queries, rows[0][0], options)
+            most, rows = saturated(served, bare, queries, options)
+            rows += steady(served, queries, most, options)
         sizes = (opened[1] / len(base), 4 * DIMENSION)
-    lines = "\n".join(f"| {name} | {value} |" for _, name, value in rows)
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""`python benchmarks/service.py{_given(options)}`: {len(base):,} vectors of {DIMENSION} numbers, flat,
 cosine, features of mini-dit at all blocks and ten times; k = {K}. Client and service share the machine.
 
@@ -133,8 +133,10 @@ def serving(folder: Path) -> Iterator[tuple[Served, tuple[float, int]]]:
         process.wait()
 
 
-def saturated(served: Served, bare: Any, queries: Vectors, options: argparse.Namespace) -> list[tuple[float, str, str]]:
-    """Searches a second: bare FAISS in batches, the service for many clients and for batches over HTTP, in turns."""
+def saturated(
+    served: Served, bare: Any, queries: Vectors, options: argparse.Namespace
+) -> tuple[float, list[tuple[str, str]]]:
+    """Searches a second of many clients; and these beside bare FAISS and batches over HTTP, in turns."""
     found: dict[str, list[float]] = {"bare": [], "clients": [], "batches": []}
     threads, batch = best_setting(bare, queries)
     for _ in range(options.rounds):
@@ -144,16 +146,12 @@ def saturated(served: Served, bare: Any, queries: Vectors, options: argparse.Nam
         found["batches"].append(64 * load.rate)
     rates = {name: spread(values) for name, values in found.items()}
     over = {name: _over(found[name], found["bare"]) for name in ("clients", "batches")}
-    return [
-        (
-            rates["clients"].median,
-            f"FAISS alone, batches of {batch}, {threads} thread(s), queries/s",
-            _of(rates["bare"]),
-        ),
-        (0, f"service, {CLIENTS} clients, searches/s", _of(rates["clients"])),
-        (0, "of FAISS alone", f"{over['clients']:.2f}"),
-        (0, "service, 4 clients with batches of 64, queries/s", _of(rates["batches"])),
-        (0, "of FAISS alone", f"{over['batches']:.2f}"),
+    return rates["clients"].median, [
+        (f"FAISS alone, batches of {batch}, {threads} thread(s), queries/s", _of(rates["bare"])),
+        (f"service, {CLIENTS} clients, searches/s", _of(rates["clients"])),
+        ("of FAISS alone", f"{over['clients']:.2f}"),
+        ("service, 4 clients with batches of 64, queries/s", _of(rates["batches"])),
+        ("of FAISS alone", f"{over['batches']:.2f}"),
     ]
 
 
@@ -188,7 +186,7 @@ def raw_rate(bare: Any, queries: Vectors, threads: int, batch: int, seconds: flo
     return done / taken
 
 
-def steady(served: Served, queries: Vectors, most: float, options: argparse.Namespace) -> list[tuple[float, str, str]]:
+def steady(served: Served, queries: Vectors, most: float, options: argparse.Namespace) -> list[tuple[str, str]]:
     """Searches that come at random at a share of the most that there can be."""
     calm = open_loop(served.address, searches(queries), 0.7 * most, options.seconds)
     writing = open_loop(served.address, searches(queries, writes=10), 0.7 * most, options.seconds)
@@ -199,16 +197,16 @@ def steady(served: Served, queries: Vectors, most: float, options: argparse.Name
     refused = len(crowd.seconds.get(429, [])) / sum(map(len, crowd.seconds.values()))
     others = {status for load in (calm, writing, crowd, after) for status in load.seconds} - {200, 429}
     return [
-        (0, f"at 70 % of that ({0.7 * most:.0f}/s at random): p50, p99 in ms", _times(calm)),
-        (0, "p99 over p50", f"{calm.percentile(99) / calm.percentile(50):.1f}"),
-        (0, "the same, one in ten a durable write: p50, p99 in ms", _times(writing)),
-        (0, "p99 over that without writes", f"{writing.percentile(99) / calm.percentile(99):.2f}"),
-        (0, f"at three times the most ({3 * most:.0f}/s): answered a second", f"{crowd.rate:.0f}"),
-        (0, "refused with 429", f"{100 * refused:.0f} %"),
-        (0, "p99 of those answered, in ms", f"{1000 * crowd.percentile(99):.0f}"),
-        (0, "memory grown by, in MB", f"{grown / 1e6:.0f}"),
-        (0, "after it, at 30 %: p50, p99 in ms", _times(after)),
-        (0, "answers of other kinds, in all loads", ", ".join(map(str, sorted(others))) or "none"),
+        (f"at 70 % of that ({0.7 * most:.0f}/s at random): p50, p99 in ms", _times(calm)),
+        ("p99 over p50", f"{calm.percentile(99) / calm.percentile(50):.1f}"),
+        ("the same, one in ten a durable write: p50, p99 in ms", _times(writing)),
+        ("p99 over that without writes", f"{writing.percentile(99) / calm.percentile(99):.2f}"),
+        (f"at three times the most ({3 * most:.0f}/s): answered a second", f"{crowd.rate:.0f}"),
+        ("refused with 429", f"{100 * refused:.0f} %"),
+        ("p99 of those answered, in ms", f"{1000 * crowd.percentile(99):.0f}"),
+        ("memory grown by, in MB", f"{grown / 1e6:.0f}"),
+        ("after it, at 30 %: p50, p99 in ms", _times(after)),
+        ("answers of other kinds, in all loads", ", ".join(map(str, sorted(others))) or "none"),
     ]
 
 
