@@ -25,6 +25,7 @@ def serve(
     read_key_file: Annotated[Path | None, typer.Option(help="keys that may only read, one a line")] = None,
     max_body: Annotated[int, typer.Option(min=1000, help="bytes of a request at most")] = 20_000_000,
     max_queue: Annotated[int, typer.Option(min=1, help="searches that may wait")] = 256,
+    restore: Annotated[str | None, typer.Option(help="begin from this snapshot; what came after it is lost")] = None,
     workers_decode: Annotated[int, typer.Option(min=1, help="processes that decode pictures")] = 2,
 ) -> None:
     """Serve an index over HTTP, with a page to search it by pictures.
@@ -51,6 +52,11 @@ def serve(
         decoders=workers_decode,
     )
     run = _imported()
+    if restore is not None:
+        from repkit.service.live import LiveIndex
+
+        LiveIndex.restore(index, restore)
+        say(f"restored {restore}")
     with Progress("import", "items") as progress:
         run(settings, _ready, progress)
 
