@@ -32,7 +32,7 @@ def write_index(folder: Path, vectors: Any, raw: Raw, items: pa.Table, described
     raw: the vectors that were indexed, where the index has them only compressed.
     """
     with made(folder):
-        _check_replaceable(folder)
+        check_replaceable(folder)
         _publish(folder, vectors, raw, items, described)
         if raw is None:
             (folder / RAW).unlink(missing_ok=True)  # of an index that was here before
@@ -82,8 +82,10 @@ def read_raw(folder: Path, kind: str) -> Raw:
     return np.load(folder / RAW, mmap_mode="r", allow_pickle=False) if kind == "ivf-pq" else None
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Only an index, or what an interrupted save has left of one, may be overwritten."""
+def check_replaceable(folder: Path) -> None:
+    """ValueError for a folder that holds anything but an index, or what an interrupted save has left of one."""
+    if not folder.is_dir():
+        return
     if (folder / LIVE).exists():
         raise ValueError(f"{folder} has changes that repkit serve has made ({LIVE}/); save into another folder")
     others = {path.name.removesuffix(PART) for path in folder.iterdir()} - {VECTORS, RAW, ITEMS, MANIFEST}

@@ -35,7 +35,7 @@ def publish(folder: Path, files: Mapping[str, Content]) -> None:
         for name in files:
             with _named(folder / name):
                 os.replace(parts[name], folder / name)
-        sync_folder(folder)
+        sync(folder)
     except BaseException:
         remove(parts.values())
         raise
@@ -71,9 +71,9 @@ def remove(paths: Iterable[Path]) -> None:
             path.unlink()
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -73,8 +73,15 @@ def _check_value(name: str, value: Any, column: Column) -> None:
             raise ValueError(f"a text of {len(value)} characters for {name}; give at most {MOST_CHARACTERS}")
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise ValueError(f"the text for {name} is not Unicode; leave out lone surrogates")
-    elif abs(value) >= 2**63 or not isfinite(value):
+    elif not (_is_finite(value) if column is float else -(2**63) <= value < 2**63):
         raise ValueError(f"{name} is compared with {_short(value)}; give a finite number within 64 bits")
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # of an integer that no float holds
+        return False
 
 
 def _holds(values: pa.ChunkedArray, condition: Any) -> Bool[np.ndarray, " n"]:
@@ -96,6 +103,9 @@ def _among(values: pa.ChunkedArray, wanted: Any) -> Bool[np.ndarray, " n"]:
     found = _numpy(pc.is_null(values)) if len(given) < len(listed) else np.zeros(len(values), bool)
     if pa.types.is_integer(values.type):
         given = [int(value) for value in given if value == int(value)]
+    if pa.types.is_floating(values.type):
+        given = [float(value) for value in given]
+        given += [0.0, -0.0] if 0.0 in given else []  # of which Arrow tells the bits apart
     if given:
         found = found | _numpy(pc.is_in(values, value_set=pa.array(given, values.type)))
     return found
@@ -103,6 +113,8 @@ def _among(values: pa.ChunkedArray, wanted: Any) -> Bool[np.ndarray, " n"]:
 
 def _comparable(values: pa.ChunkedArray, value: Any) -> tuple[pa.ChunkedArray, pa.Scalar]:
     """Whole numbers compare with whole numbers; with others, both as float64."""
+    if pa.types.is_floating(values.type):
+        value = float(value)
     if pa.types.is_integer(values.type) and isinstance(value, float):
         values = pc.cast(values, pa.float64(), safe=False)
     return values, pa.scalar(value, values.type)

@@ -57,6 +57,7 @@ def test_a_filter_is_given_by_a_value_or_by_json(repkit, store, index):
         code, out, err = repkit("search", index, query, "-k", 20, "--json", *where)
         assert code == 0, err
         told = json.loads(out)
+        assert ("no image of the index is as --where says" in err) == (count == 0)
         assert len(told["hits"]) == count and {hit["label"] for hit in told["hits"]} <= {label}
     code, out, _ = repkit("search", index, query, "--exact", "--json")
     assert json.loads(out)["exact"] and len(json.loads(out)["hits"]) == 10
@@ -110,3 +111,13 @@ def test_values_are_read_as_their_columns_are():
     assert _conditions(["label=3", "width=3", "good=true"], columns) == {"label": "3", "width": 3, "good": True}
     assert _conditions(["label=a=b"], columns) == {"label": "a=b"}
     assert _conditions(None, columns) is None
+
+
+def test_an_index_with_changes_is_not_replaced_and_is_searched_as_built(repkit, store, tmp_path):
+    query = store.table["path"].to_pylist()[0]
+    assert repkit("index", store.path, "-o", tmp_path / "a")[0] == 0
+    (tmp_path / "a" / "live").mkdir()
+    code, _, err = repkit("index", store.path, "-o", tmp_path / "a")
+    assert code == 2 and "has changes that repkit serve has made" in err and "index:" not in err  # before it is built
+    code, _, err = repkit("search", tmp_path / "a", query)
+    assert code == 0 and "is searched as it was built" in err

@@ -99,6 +99,34 @@ def test_filters_that_span_parts_and_widen_columns(live):
     assert live.count({"stamp": {"gt": 0}}) == 1
 
 
+def test_integers_beyond_53_bits_fit_into_columns_of_numbers(live, tmp_path):
+    vector, large = vector_of(5, 0), 2**53 + 1
+    live.upsert([Item("a", vector, {"n": large}), Item("b", vector, {"m": 0.5})])
+    assert live.count({"n": large}) == 1 and live.get("a").metadata == {"n": large}
+    live.upsert([Item("c", vector, {"n": 0.5}), Item("d", vector, {"m": large})])  # both hold numbers now
+    for _ in range(2):
+        assert live.count({"n": {"gt": 1}}) == live.count({"m": {"gt": 1}}) == live.count({"m": 0.5}) == 1
+        assert live.count({"label": "bag"}) == 10
+        assert live.snapshot().values("m") == {0.5: 1, float(large): 1}
+        live.compact()
+    live.close()
+    with LiveIndex.open(tmp_path / "index") as again:
+        assert again.count({"n": {"gt": 1}}) == again.count({"m": float(large)}) == 1
+
+
+def test_items_are_drawn_from_all_parts_and_no_others(live):
+    live.upsert(items_of(["a", "b"], 1))
+    live.delete(["base-3"])
+    state = live.snapshot()
+    assert {one.id for one in state.drawn(100)} == {one.id for one in live.list(limit=100)}
+    assert len(drawn := state.drawn(5)) == len({one.id for one in drawn}) == 5
+    assert all(live.get(one.id).metadata == one.metadata for one in drawn)
+    assert {one.metadata["label"] for one in state.drawn(3, {"label": "boot"})} == {"boot"}
+    assert state.drawn(3, {"label": "none"}) == []
+    seen = {one.id for _ in range(60) for one in state.drawn(5)}
+    assert seen >= {"a", "b", "base-0", "base-29"}  # each stays away with a chance of (26 / 31) ** 60, or 3e-5
+
+
 def test_more_hits_than_items_and_ties_by_age(live):
     live.delete([f"base-{place}" for place in range(1, 30)])
     live.upsert([Item(name, vector_of(0, 0)) for name in ("z", "y")])
@@ -269,6 +297,8 @@ def test_snapshots_are_taken_listed_restored_and_removed(live, shadow, tmp_path)
         with pytest.raises(ValueError, match="snapshot"):
             live.snapshot_to(name)
     LiveIndex.restore(tmp_path / "index", "first", tmp_path / "new")
+    built = (tmp_path / "index" / "items.parquet").read_bytes()
+    assert (tmp_path / "new" / "items.parquet").read_bytes() == built  # by which the files of items are found
     with LiveIndex.open(tmp_path / "new") as other:
         assert_same(other, shadow)
         assert other.described == live.described
@@ -327,7 +357,7 @@ def test_columns_of_a_built_index_become_filters(tmp_path, caplog):
     table = pa.table(
         {
             "id": ["a", "b", "c"],
-            "path": pa.nulls(3, pa.string()),
+            "path": ["/home/someone/a", "/home/someone/b", "/home/someone/c"],
             "label": pa.array(["x", None, "x"]).dictionary_encode(),
             "width": pa.array([1, 2, None], pa.int32()),
             "score": pa.array([0.5, float("nan"), 2.0], pa.float32()),

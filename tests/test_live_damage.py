@@ -239,7 +239,7 @@ def test_a_closed_index_says_so(folder, shadow):
     live.close()
     live.close()
     for call in (lambda: live.upsert(items_of(["a"], 1)), lambda: live.get("a"), lambda: live.delete(["a"])):
-        with pytest.raises(ValueError, match="is closed; open it again"):
+        with pytest.raises(OSError, match="is closed; open it again"):
             call()
 
 
@@ -256,6 +256,19 @@ def test_a_damaged_snapshot_is_not_restored(folder, shadow, tmp_path):
     with LiveIndex.open(folder) as live:
         assert_same(live, shadow)
         assert [one.name for one in live.snapshots()] == ["one"]
+
+
+def test_a_snapshot_with_a_damaged_list_of_files_is_restored_without_it(folder, shadow, tmp_path, caplog):
+    with LiveIndex.open(folder) as live:
+        live.snapshot_to("good")
+    items = folder / "live" / "snapshots" / "good" / "items.parquet"
+    content = items.read_bytes()
+    items.unlink()  # it is a link to that of the index
+    items.write_bytes(content[:-1])
+    LiveIndex.restore(folder, "good", tmp_path / "new")
+    assert "items.parquet is damaged" in caplog.text and not (tmp_path / "new" / "items.parquet").exists()
+    with LiveIndex.open(tmp_path / "new") as live:
+        assert_same(live, shadow)
 
 
 def test_a_restore_helps_where_the_database_is_damaged(folder, shadow):
@@ -405,7 +418,7 @@ def test_a_change_that_cannot_be_published_ends_the_index_and_is_there_after_it_
         with pytest.raises(MemoryError):
             live.delete(["base-1"])
         monkeypatch.undo()
-        with pytest.raises(ValueError, match="open it again"):
+        with pytest.raises(OSError, match="open it again"):
             live.delete(["base-2"])
     shadow.delete(["base-1"])
     with LiveIndex.open(folder) as live:

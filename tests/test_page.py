@@ -142,16 +142,25 @@ def test_tiny_pictures_are_scaled_in_squares_and_large_ones_are_not(open_page: O
         assert image.evaluate("image => getComputedStyle(image).imageRendering") == how
 
 
-def test_the_count_follows_changes(open_page: Opener, site: Site):
+def test_the_count_and_the_filters_follow_changes(open_page: Opener, site: Site):
     page, _ = open_page()
     shown_ids(page)
     page.clock.install()
     page.reload()
     shown_ids(page)
     picture = {"file": site.path(site.ids[0]).read_bytes()}
-    httpx.post(f"{site.origin}/v1/items/image", data={"id": "new one"}, files=picture, timeout=60).raise_for_status()
+    data = {"id": "new one", "metadata": json.dumps({"label": "a new kind"})}
+    httpx.post(f"{site.origin}/v1/items/image", data=data, files=picture, timeout=60).raise_for_status()
+    page.focus("#columns button")  # a filter that is in use is not drawn anew
     page.clock.fast_forward(11_000)
     page.wait_for_function("() => document.getElementById('count').textContent === '62'")
+    assert page.locator(".toggle", has_text="a new kind").count() == 0
+    page.focus("#k")
+    page.clock.fast_forward(11_000)
+    page.click(".toggle:has-text('a new kind')")
+    page.wait_for_selector(".chip:has-text('a new kind')")
+    page.wait_for_function("() => document.querySelectorAll('#grid .tile').length === 1")
+    assert shown_ids(page) == ["new one"]
     httpx.post(f"{site.origin}/v1/items/delete", json={"ids": ["new one"]}).raise_for_status()
 
 

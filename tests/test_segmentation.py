@@ -259,6 +259,14 @@ def test_the_command_learns_and_scores(repkit, clothes, tmp_path):
     assert repkit(*given)[0] == 0 and hashes(out) == before
 
 
+def test_one_segment_everywhere_is_told_with_what_to_do(repkit, clothes, tmp_path):
+    given = ["segment", clothes / "images", "-m", "mini-unet", "-t", "mid.attn.0.self.map@25", "--head", "attention"]
+    code, _, err = repkit(*given, "-o", tmp_path / "one", "--threshold", 2)
+    assert code == 0 and "every image is one segment; a lower --threshold than 2 makes more" in err
+    code, _, err = repkit(*given, "-o", tmp_path / "more", "--threshold", 0.05)
+    assert code == 0 and "every image is one segment" not in err
+
+
 def test_the_command_takes_a_store(repkit, clothes, tmp_path):
     export = ["extract", clothes / "images", *MODEL, "--pool", "none", "--size", 32, "--resize", "squash"]
     assert repkit(*export, "-o", tmp_path / "store")[0] == 0

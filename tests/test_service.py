@@ -1,14 +1,18 @@
 """The service over vectors: what it answers is what numpy finds, and what it changes is what it answers then."""
 
 import json
+import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from repkit.service.answers import failure
 from repkit.service.calibration import calibrate
+from repkit.service.live import LiveIndex
 from repkit.service.settings import Settings
 from tests.service_cases import COUNT, DIMENSION, asking, make_index, metric, running, vectors_of
 
@@ -146,6 +150,16 @@ def test_items_are_listed_in_pages(http):
     assert [one["id"] for one in few["items"]] == ["104", "111"]
 
 
+def test_items_are_drawn_at_random(http):
+    told = http.get("/v1/items", params={"order": "random", "limit": 5, "where": '{"label": "class-1"}'}).json()
+    assert len({one["id"] for one in told["items"]}) == 5 and told["after"] is None
+    assert {one["metadata"]["label"] for one in told["items"]} == {"class-1"}
+    firsts = [http.get("/v1/items", params={"order": "random", "limit": 5}).json()["items"] for _ in range(4)]
+    assert any(one != firsts[0] for one in firsts)
+    for wrong in ({"order": "random", "after": "3"}, {"order": "best"}):
+        assert http.get("/v1/items", params=wrong).status_code == 422
+
+
 def test_what_is_changed_is_what_is_found(changing, vectors):
     http, _ = changing
     own, other = np.zeros(DIMENSION), vectors[3].astype(np.float64)
@@ -223,6 +237,36 @@ def test_an_index_without_a_model_says_so(http):
         answer = http.post(path, files=files)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_model")
         assert "built from an array" in answer.json()["error"]["message"]
+
+
+def test_a_damaged_item_is_a_fault_of_ours_and_the_rest_is_found(vectors, tmp_path):
+    folder = make_index(tmp_path / "index", vectors)
+    LiveIndex.open(folder).close()
+    database = sqlite3.connect(folder / "live" / "live.db")
+    database.execute("UPDATE items SET vector = zeroblob(length(vector)) WHERE id = '0'")
+    database.commit()
+    database.close()
+    with running(Settings(index=folder)) as (url, _), asking(url) as client:  # and cannot be calibrated with it
+        told = client.get("/v1/items/0")
+        assert (told.status_code, told.json()["error"]["code"]) == (500, "internal") and "live" not in told.text
+        assert client.post("/v1/search", json={"id": "1", "k": 3}).json()["hits"][0]["id"] == "1"
+
+
+def test_what_is_told_of_failures_names_no_file(changing, tmp_path):
+    client, service = changing
+    service.live._store.degraded = f"[Errno 28] No space left on device: '{tmp_path}/live.db'"
+    for path in ("/v1/stats", "/readyz"):
+        assert str(tmp_path) not in client.get(path).text
+    assert "log" in client.get("/v1/stats").json()["degraded"]
+    service.live.close()
+    told = client.get("/v1/items/0")
+    assert (told.status_code, told.json()["error"]["code"]) == (503, "unavailable") and str(tmp_path) not in told.text
+
+
+def test_errors_of_other_libraries_are_faults_of_ours():
+    for error in (pa.ArrowInvalid("x"), json.JSONDecodeError("x", "y", 0), UnicodeError("x"), KeyError("x")):
+        assert failure(error).status_code == 500
+    assert failure(ValueError("k=0; give at least 1\nmore")).detail["message"] == "k=0; give at least 1"
 
 
 def test_metrics_tell_what_was_done(http):

@@ -22,6 +22,7 @@ from repkit.images import Resize, decode
 from repkit.pooling import pool
 from repkit.retrieval import Index
 from repkit.service.decoder import Decoder
+from repkit.service.live import LiveIndex
 from repkit.service.metrics import Metrics
 from repkit.service.settings import Settings
 from repkit.service.thumbnails import Files
@@ -241,17 +242,29 @@ def test_a_picture_that_takes_too_much_is_stopped_and_the_next_one_is_decoded(ph
     assert "more memory" in much and "could not be decoded within" in slow
 
 
-def test_an_index_whose_model_is_not_there_answers_the_rest(folder, photo, tmp_path):
+def test_an_index_whose_model_is_not_there_answers_the_rest(folder, photo, tmp_path, caplog):
     copy = tmp_path / "index"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("live"))
     with running(Settings(index=copy, model="mini-dit", decoders=1)) as (url, _), asking(url) as http:
         answer = http.post("/v1/search/image", files={"file": photo})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_model")
-        assert "no search by picture" in answer.json()["error"]["message"]
+        assert "no search by picture" in answer.json()["error"]["message"] and "mini-dit" not in answer.text
+        assert "retry-after" not in answer.headers and "mini-dit" in caplog.text
         name = http.get("/v1/items", params={"limit": 1}).json()["items"][0]["id"]
         assert http.post("/v1/search", json={"id": name, "k": 1}).json()["hits"][0]["id"] == name
         assert http.get("/readyz").status_code == http.get("/v1/thumbnails", params={"id": name}).status_code == 200
         assert http.get("/v1/model").json()["image_search"] == answer.json()["error"]["message"]
+
+
+def test_a_restored_index_still_shows_the_files(folder, tmp_path):
+    copy = tmp_path / "index"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("live"))
+    with LiveIndex.open(copy) as live:
+        name = live.list(limit=1)[0].id
+        live.snapshot_to("then")
+    LiveIndex.restore(copy, "then", tmp_path / "new")
+    content = Files(copy / "items.parquet", None).read(name)
+    assert content and Files(tmp_path / "new" / "items.parquet", None).read(name) == content
 
 
 def test_the_model_is_told_without_the_folders_it_lay_in(http):

@@ -53,6 +53,10 @@ def items():
         ({"score": 0.5}, [0]),
         ({"score": {"gt": 0}}, [0, 3, 5]),
         ({"score": 2}, [3]),
+        ({"score": {"lt": 2**53 + 1}}, [0, 3, 4]),
+        ({"score": [2**63 + 1, 2]}, [3]),
+        ({"score": {"gt": -1.7e308, "lt": 1e300}}, [0, 3, 4]),
+        ({"width": -(2**63)}, []),
         ({"good": True}, [0, 3, 5]),
         ({"good": {"ne": True}}, [1, 2, 4]),
         ({"kind": "a"}, [0, 2, 5]),
@@ -101,6 +105,13 @@ def test_conditions_mean_what_they_do_in_python(values, condition):
     assert found.tolist() == [holds(value, condition) for value in values]
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, -0.0])
+def test_both_zeros_are_one_number(zero):
+    table = pa.table({"x": [0.0, -0.0, 1.0, None]})
+    assert mask(table, {"x": zero}).tolist() == mask(table, {"x": [zero, 2.0]}).tolist() == [True, True, False, False]
+    assert mask(table, {"x": {"ne": zero}}).tolist() == [False, False, True, True]
+
+
 def test_columns_that_can_be_filtered(items):
     expected = {"label": str, "width": int, "score": float, "good": bool, "kind": str, "nothing": str, "small": int}
     assert column_types(items) == expected
@@ -125,6 +136,8 @@ def test_columns_that_can_be_filtered(items):
         ({"score": float("nan")}, "give a finite number"),
         ({"score": {"lt": float("inf")}}, "give a finite number"),
         ({"width": 10**30}, "within 64 bits"),
+        ({"width": {"lt": 1e300}}, "within 64 bits"),
+        ({"score": 10**400}, "give a finite number"),
         ({"label": "x" * (MOST_CHARACTERS + 1)}, "a text of 1001 characters"),
         ({"label": "\ud800"}, "not Unicode"),
         ({"label": ["a"] * (MOST_VALUES + 1)}, "1001 values for label"),

@@ -26,6 +26,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Build a search index from stored features."""
+    from repkit.indexfiles import check_replaceable
     from repkit.indexsources import prompts_of_their_own
     from repkit.progress import Progress
     from repkit.retrieval import Index
@@ -35,6 +36,7 @@ def index(
     if key is None and len(source.keys) > 1:
         raise ValueError(f"{store} has {len(source.keys)} taps; choose one with --key: {', '.join(source.keys)}")
     most = None if memory is None else _bytes(memory)
+    check_replaceable(out)  # before the time that building takes
     with Progress("index", "vectors") as progress:
         built = Index.build(source, key, kind, metric, recall=recall, memory=most, progress=progress)
     built.save(out)
@@ -88,6 +90,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the images of an index that are most like one image."""
+    from repkit.indexfiles import LIVE
     from repkit.retrieval import Index
     from repkit.tasks.building import rebuild_extractor
     from repkit.where import column_types, mask
@@ -95,6 +98,8 @@ def search(
     if not image.is_file():
         raise ValueError(f"no image {image}; give the file to find the like of")
     loaded = Index.load(index, mmap=True)
+    if (index / LIVE).exists():
+        say(f"{index} is searched as it was built; repkit serve knows what was changed since")
     conditions = _conditions(where, column_types(loaded.items))
     if conditions is not None:
         mask(loaded.items, conditions)  # a mistake is told before the model is loaded
@@ -108,6 +113,8 @@ def search(
         {"id": name, "score": float(score), "label": labels[row]}
         for name, score, row in zip(hits.ids[0], hits.scores[0], hits.rows[0], strict=True)
     ]
+    if not found:
+        say("no image of the index is as --where says")
     if as_json:
         print_json({"image": str(image), "exact": hits.exact, "hits": found})
         return

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from repkit.store import FeatureStore
+    from repkit.tasks.mask_folder import Masks
     from repkit.tasks.segment_method import Method
     from repkit.tasks.segment_source import Source
     from repkit.tasks.segment_truth import Truth
 
 Head = Literal["linear", "mlp", "fpn", "ncut", "kmeans", "attention"]
 SUPERVISED = ("linear", "mlp", "fpn")
+FINER = {"attention": ("threshold", "lower"), "ncut": ("tau", "higher")}
 FIRST_FAILURES = 3
 
 
@@ -85,10 +87,13 @@ def segment(
     told = report(source, found, method.settings, names, test)
     write_report(out, told)
     overlay = draw(source, found, out, truth=test) if found.masks.ids else None
+    if head in FINER and _undivided(found.masks):
+        option, way = FINER[head]
+        say(f"every image is one segment; a {way} --{option} than {options[option]:g} makes more")
     _tell(told, out, overlay, as_json)
 
 
-def _listed(images: Path, model: str | None, taps: list[str] | None) -> tuple["pa.Table", "FeatureStore | None"]:
+def _listed(images: Path, model: str | None, taps: list[str] | None) -> "tuple[pa.Table, FeatureStore | None]":
     """The images to segment, and the store that has their features if there is one."""
     from repkit.listing import list_images
     from repkit.shards import MANIFEST
@@ -106,7 +111,7 @@ def _listed(images: Path, model: str | None, taps: list[str] | None) -> tuple["p
 
 def _truths(
     head: str, images: Path, listing: "pa.Table", masks: Path | None, test_masks: Path | None, ignore: int | None
-) -> tuple["Truth | None", "Truth | None"]:
+) -> "tuple[Truth | None, Truth | None]":
     """The masks to learn from and to score by, with the labels that both have together."""
     from repkit.tasks.mask_folder import mask_path, refuse_inside
     from repkit.tasks.segment_truth import Truth, find_masks, read_labels
@@ -170,6 +175,11 @@ def _source(
         model, taps or [], resize=lambda sides: Resize(size or sides.own, policy or "squash"), **options
     )
     return Pictures(listing, extractor)
+
+
+def _undivided(masks: "Masks") -> bool:
+    """Whether every mask has one label only; it is read until one has more."""
+    return bool(masks.ids) and all((mask == mask.flat[0]).all() for mask in map(masks.__getitem__, masks.ids))
 
 
 def _tell(told: dict[str, Any], out: Path, overlay: Path | None, as_json: bool) -> None:

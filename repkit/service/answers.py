@@ -62,7 +62,7 @@ def code_of(status: int) -> str:
 def refusal(status: int, message: str, code: str | None = None, **headers: str) -> HTTPException:
     """What a route raises; the code is that of the status unless another is given."""
     told = {name.replace("_", "-"): value for name, value in headers.items()}
-    if status in (429, 503):
+    if status == 429 or (status == 503 and code != "no_model"):  # a model does not come by waiting
         told.setdefault("Retry-After", "1")
     return HTTPException(status, {"code": code or code_of(status), "message": message}, told)
 
@@ -80,7 +80,9 @@ def failure(error: BaseException) -> HTTPException:
         return refusal(504, "the request's time is over; a change may have been made: repeat it with the same key")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG):
         return refusal(507, f"the change could not be stored ({error.strerror}); searches go on")
-    if isinstance(error, ValueError):
+    if isinstance(error, OSError) and error.errno == errno.EBADF:
+        return refusal(503, "the index is closed; the service is ending, or its log says why")
+    if type(error) is ValueError:  # those of Arrow, of JSON and of text are faults of ours
         return refusal(422, next(iter(str(error).splitlines()), "not valid"))
     _log.error("a request failed", exc_info=error)
     return HTTPException(500, {"code": "internal", "message": "a fault of the service; its log says more"})

@@ -1,6 +1,7 @@
 """Batching: one thread that searches, for all requests that wait while it does, at once."""
 
 import asyncio
+import logging
 import random
 import threading
 from collections import deque
@@ -15,6 +16,7 @@ from jaxtyping import Float32
 from repkit.service.answers import refusal
 from repkit.service.metrics import Metrics
 
+_log = logging.getLogger("repkit")
 MOST_ROWS = 1024  # queries of one search
 PROBES = 16  # that wait for the thread to be idle
 
@@ -99,6 +101,8 @@ class Batcher:
     def _run(self) -> None:
         try:
             self._prepare()
+        except Exception as error:  # searches do without
+            _log.warning("the search is not calibrated: %s", error)
         finally:
             self._ready.set()
         while (batch := self._take()) is not None:

@@ -1,6 +1,7 @@
 """Features: one thread runs the index's own extractor over pictures, as many at once as wait."""
 
 import asyncio
+import logging
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from repkit.extractors import Extractor
     from repkit.matching.featuremap import FeatureMap
 
+_log = logging.getLogger("repkit")
 BATCH = 16  # pictures of one forward
 CACHED_BYTES = 256 << 20  # of maps: clicks in one picture should not run the network again
 
@@ -128,8 +130,11 @@ class FeatureThread:
             self.shape, self.policy = self._extractor.resize.shape, self._extractor.resize.policy
             self.missing = None
         except Exception as error:  # without its model the index still answers searches by vector and id
-            line = next(iter(str(error).splitlines()), type(error).__name__)
-            self.missing = f"no search by picture: {line}"
+            # The reason names folders of this machine, which no client is to know.
+            _log.warning("no search by picture: %s", next(iter(str(error).splitlines()), type(error).__name__))
+            self.missing = (
+                "no search by picture: the model of the index could not be loaded; the service's log says why"
+            )
 
     def _take(self) -> list[_Waiting]:
         with self._condition:

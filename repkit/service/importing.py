@@ -18,15 +18,16 @@ from jaxtyping import Float32, Int64
 from repkit import where
 from repkit.ann import reconstruct
 from repkit.indexfiles import MANIFEST, read_index, read_raw
-from repkit.publishing import PART
+from repkit.publishing import PART, sync
 from repkit.service.changes import Inserted, insert_items
 from repkit.service.items import TYPES, check_distinct, check_id, check_metadata, encode_metadata
-from repkit.service.journal import DATABASE, create, finish, sqlite_errors, sync
+from repkit.service.journal import DATABASE, create, finish, sqlite_errors
 from repkit.service.rows import BLOCK
 from repkit.service.segments import FOLDER, Record, new_name, replace_records, write_segment
 
 Progress = Callable[[int, int], object]
 Take = Callable[[Int64[np.ndarray, " b"]], Float32[np.ndarray, "b d"]]
+PATH = "path"  # of the file that an item was made from: no client is to know how this machine's folders are called
 _NAMES: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _log = logging.getLogger("repkit")
 
@@ -102,8 +103,9 @@ def _block(take: Take, table: pa.Table, start: int) -> Iterator[Inserted]:
 
 
 def column_types(items: pa.Table) -> dict[str, str]:
-    """The columns that hold anything, and the type in which a live index keeps each; other types are left out."""
-    held = [name for name in items.column_names if name != "id" and items[name].null_count < len(items)]
+    """The columns that hold anything but paths, and the type in which each is kept; other types are left out."""
+    named = [name for name in items.column_names if name not in ("id", PATH)]
+    held = [name for name in named if items[name].null_count < len(items)]
     known = where.column_types(items)
     if lost := [name for name in held if name not in known]:
         _log.warning("columns of other types than text, numbers and truth values are left out: %s", ", ".join(lost))

@@ -180,8 +180,15 @@ def encode_metadata(metadata: Mapping[str, Value | None]) -> str:
 def table_of(ids: Sequence[str], metadata: Sequence[Metadata], columns: Mapping[str, str]) -> pa.Table:
     """The items as a table: `id` and a column for each name, null where an item has no such value."""
     arrays = [pa.array(ids, pa.string())]
-    arrays += [pa.array([one.get(name) for one in metadata], TYPES[kind]) for name, kind in columns.items()]
+    arrays += [
+        pa.array([_plain_value(one.get(name), kind) for one in metadata], TYPES[kind]) for name, kind in columns.items()
+    ]
     return pa.table(arrays, names=["id", *columns])
+
+
+def _plain_value(value: Value | None, kind: str) -> Value | None:
+    """An integer in a column of numbers as the nearest of them, as Arrow takes none beyond 53 bits."""
+    return float(value) if kind == "number" and value is not None else value
 
 
 def conformed(items: pa.Table, columns: Mapping[str, str]) -> pa.Table:

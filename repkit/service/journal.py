@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from repkit.publishing import sync
+
 FORMAT, VERSION = "repkit-live", 1
 DATABASE, WAL_FILES = "live.db", ("live.db-wal", "live.db-shm")
 
@@ -52,7 +54,7 @@ def blob_crc(key: int, content: bytes | memoryview) -> int:
 
 def damaged(path: Path, reason: str) -> OSError:
     """The error for a live index that does not hold what was written."""
-    return OSError(errno.EIO, f"the live index is damaged ({reason}); restore a snapshot of it", str(path))
+    return OSError(errno.EBADMSG, f"the live index is damaged ({reason}); restore a snapshot of it", str(path))
 
 
 @contextmanager
@@ -108,15 +110,6 @@ def finish(database: sqlite3.Connection, path: Path, meta: Mapping[str, Any]) ->
         )
         database.close()
     sync(path)
-
-
-def sync(path: Path) -> None:
-    """See a file or a folder onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def open_database(path: Path) -> sqlite3.Connection:

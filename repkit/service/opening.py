@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from repkit.indexfiles import LIVE, MANIFEST, read_index
+from repkit.publishing import sync
 from repkit.service import rows
 from repkit.service.acknowledged import NAME, read_acknowledged
 from repkit.service.compaction import build_segment
@@ -22,7 +23,6 @@ from repkit.service.journal import (
     read_columns,
     read_meta,
     sqlite_errors,
-    sync,
     transaction,
 )
 from repkit.service.ownership import own

@@ -1,19 +1,21 @@
 """Putting a snapshot in the place of a live index that is not open, so that a kill at any moment leaves one of both."""
 
 import errno
+import logging
 import os
 import shutil
 from pathlib import Path
 
-from repkit.indexfiles import LIVE
-from repkit.publishing import PART, file_sha256
+from repkit.indexfiles import ITEMS, LIVE
+from repkit.publishing import PART, file_sha256, sync
 from repkit.service.acknowledged import NAME
-from repkit.service.journal import DATABASE, WAL_FILES, sync
+from repkit.service.journal import DATABASE, WAL_FILES
 from repkit.service.ownership import own
 from repkit.service.segments import FOLDER
 from repkit.service.snapshots import folder_of, link_folder, read_manifest
 
 LOCK = "lock"
+_log = logging.getLogger("repkit")
 _RESTORED = "restored.db"  # once it has this name, the restore is decided
 
 
@@ -33,10 +35,23 @@ def restore(root: Path, name: str, into: Path | None = None) -> None:
     live.mkdir(parents=True, exist_ok=True)
     lock = own(live / LOCK)
     try:
+        if into is not None:
+            _copy_items(source / ITEMS, into, manifest["sha256"].get(ITEMS))
         _copy(source, live)
         finish_restore(live)
     finally:
         os.close(lock)
+
+
+def _copy_items(source: Path, into: Path, expected: str | None) -> None:
+    """Of which files the items were made, where the snapshot has that: without it there are no thumbnails of them."""
+    if expected is None:
+        return
+    if not source.is_file() or file_sha256(source) != expected:
+        _log.warning("%s is damaged; the files that items were made of are not known in the restored index", source)
+        return
+    shutil.copyfile(source, into / ITEMS)
+    sync(into / ITEMS)
 
 
 def _copy(source: Path, live: Path) -> None:

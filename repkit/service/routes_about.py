@@ -65,7 +65,10 @@ async def model(service: Running) -> Json:
 async def stats(service: Running) -> Json:
     """Numbers of the index and of what waits."""
     waiting = {"changes": service.writes.running, "reads": service.reads.running}
-    return Json({**await service.reads.run(service.live.stats), "under_way": waiting})
+    told = {**await service.reads.run(service.live.stats), "under_way": waiting}
+    if told["degraded"] is not None:  # it names files of this machine
+        told["degraded"] = "the last write failed; the log of the service says why"
+    return Json(told)
 
 
 @router.get("/v1/columns", response_model=Columns)

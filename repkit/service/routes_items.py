@@ -1,6 +1,6 @@
 """Routes: items one by one and in lists, added, changed and deleted."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Header, Query, UploadFile
 
@@ -43,11 +43,19 @@ async def list_items(
     after: Annotated[Id | None, Query(description="the last id of the page before")] = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     where: Annotated[WhereText, Query()] = None,
+    order: Annotated[Literal["id", "random"], Query(description="random: some items, others each time")] = "id",
 ) -> Json:
-    """Items in the order of their ids."""
-    listed = await service.reads.run(service.live.list, after, limit, read_json(where, "where"))
+    """Items in the order of their ids, or drawn at random."""
+    conditions = read_json(where, "where")
+    if order == "random":
+        if after is not None:
+            raise refusal(422, "items drawn at random have no pages; leave out after")
+        listed = await service.reads.run(service.live.snapshot().drawn, limit, conditions)
+    else:
+        listed = await service.reads.run(service.live.list, after, limit, conditions)
     rows = [{"id": one.id, "metadata": one.metadata} for one in listed]
-    return Json({"items": rows, "after": rows[-1]["id"] if len(rows) == limit else None})
+    more = order == "id" and len(rows) == limit
+    return Json({"items": rows, "after": rows[-1]["id"] if more else None})
 
 
 @router.get("/items/count", response_model=Count)

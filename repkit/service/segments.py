@@ -16,9 +16,8 @@ from jaxtyping import Bool, Float32, Int64
 
 from repkit.ann import search_vectors
 from repkit.indexfiles import ITEMS, RAW, VECTORS, read_raw, read_vectors, write_vectors
-from repkit.publishing import PART, file_sha256, parquet_bytes, publish
+from repkit.publishing import PART, file_sha256, parquet_bytes, publish, sync
 from repkit.service.items import Metadata, conformed
-from repkit.service.journal import sync
 
 FOLDER = "segments"
 

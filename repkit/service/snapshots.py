@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from repkit.publishing import PART, file_sha256, publish
-from repkit.service.journal import DATABASE, connect, read_meta, sqlite_errors, sync
+from repkit.indexfiles import ITEMS
+from repkit.publishing import PART, file_sha256, publish, sync
+from repkit.service.journal import DATABASE, connect, read_meta, sqlite_errors
 from repkit.service.segments import FOLDER, read_records
 
 SNAPSHOTS, MANIFEST = "snapshots", "manifest.json"
@@ -83,7 +84,11 @@ def _describe(part: Path, live: Path) -> None:
     for name in names:
         link_folder(live / FOLDER / name, part / FOLDER / name)
     known = {"format": FORMAT, "version": VERSION, "sequence": version, "count": count}
-    manifest = known | {"sha256": {DATABASE: file_sha256(part / DATABASE)}}
+    hashes = {DATABASE: file_sha256(part / DATABASE)}
+    if (live.parent / ITEMS).is_file():  # it says of which files the items were made, for thumbnails
+        _link(live.parent / ITEMS, part / ITEMS)
+        hashes[ITEMS] = file_sha256(part / ITEMS)
+    manifest = known | {"sha256": hashes}
     publish(part, {MANIFEST: (json.dumps(manifest, indent=1) + "\n").encode()})
 
 
@@ -97,13 +102,17 @@ def link_folder(source: Path, target: Path) -> None:
         return
     target.mkdir(parents=True)
     for path in source.iterdir():
-        try:
-            os.link(path, target / path.name)
-        except OSError:
-            shutil.copyfile(path, target / path.name)
-            sync(target / path.name)
+        _link(path, target / path.name)
     sync(target)
     sync(target.parent)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(target)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """The database of a live index and what of it is in memory, changed together under one lock."""
 
+import errno
+import logging
 import os
 import queue
 import shutil
@@ -17,6 +19,8 @@ from repkit.service.purging import dead_ranges, remove_dead
 from repkit.service.rows import Rows
 from repkit.service.segments import FOLDER, Segment, read_records, replace_records
 from repkit.service.views import Part, Snapshot
+
+_log = logging.getLogger("repkit")
 
 
 class Store:
@@ -45,6 +49,8 @@ class Store:
             version, columns = commit(self._database, self.path, group, before.version, dict(before.columns))
         except BaseException as error:
             if isinstance(error, OSError):
+                if self.degraded is None:
+                    _log.warning("a change could not be stored (%s)", error)
                 self.degraded = str(error)
             fail(group, error)
             if isinstance(error, Exception):
@@ -146,7 +152,7 @@ class Store:
 
     def _check_open(self) -> None:
         if self.closed or self._stale:
-            raise ValueError(f"the index in {self.live.parent} is closed; open it again")
+            raise OSError(errno.EBADF, "the index is closed; open it again", str(self.live.parent))
 
     def _close_readers(self) -> None:
         with suppress(queue.Empty):

@@ -107,6 +107,18 @@ class Snapshot:
             found += part.source.described(rows[first])
         return [Listed(*one) for one in sorted(found, key=lambda one: one[0].encode())[:limit]]
 
+    def drawn(self, count: int, where: Where | None = None) -> list[Listed]:
+        """Up to `count` items that `where` allows, drawn at random."""
+        masks, random = self._masks(where), np.random.default_rng()
+        rows = [np.flatnonzero(allowed) for _, allowed in masks]
+        total, start = sum(map(len, rows)), 0
+        chosen = random.choice(total, min(count, total), replace=False)
+        found: list[tuple[str, Metadata]] = []
+        for (part, _), ours in zip(masks, rows, strict=True):
+            found += part.source.described(ours[chosen[(chosen >= start) & (chosen < start + len(ours))] - start])
+            start += len(ours)
+        return [Listed(*found[place]) for place in random.permutation(len(found))]
+
     def values(self, column: str, most: int = 50) -> dict[Any, int] | None:
         """How many items have each value of a column; None where there are more than `most` values."""
         counts: dict[Any, int] = {}

@@ -51,8 +51,9 @@ export async function metadata(id) {
   return items[0]?.metadata ?? {};
 }
 
-export async function list(where, limit, signal) {
-  const asked = new URLSearchParams({ limit });
+/** Items at random. */
+export async function some(where, limit, signal) {
+  const asked = new URLSearchParams({ limit, order: "random" });
   if (Object.keys(where).length) asked.set("where", JSON.stringify(where));
   return (await get(`/v1/items?${asked}`, signal)).items;
 }

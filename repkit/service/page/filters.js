@@ -10,6 +10,10 @@ export function makeFilters(columns) {
   const usable = columns.map(control).filter(Boolean);
   $("columns").replaceChildren(...usable);
   $("filters").hidden = usable.length === 0;
+}
+
+/** Open on wide screens, and folded where results would be far below. */
+export function foldFilters() {
   const wide = matchMedia("(min-width: 801px)");
   const fold = () => ($("filters").open = wide.matches);
   wide.addEventListener("change", fold);

@@ -4,14 +4,12 @@ import * as api from "/static/api.js";
 import { go, onView, read } from "/static/address.js";
 import { closeCompare, makeCompare, openCompare } from "/static/compare.js";
 import { $, brief, el, sentence, whole } from "/static/dom.js";
-import { drawFilters, makeFilters } from "/static/filters.js";
+import { drawFilters, foldFilters, makeFilters } from "/static/filters.js";
 import { drawQuery, makeQuery, refuseFiles, uploaded } from "/static/query.js";
 import * as results from "/static/results.js";
 import { SCORES } from "/static/results.js";
 
 const EXAMPLES = 18;
-const LISTED = 500; // items of which some are chosen as examples
-const SOME = 30; // the same, of each kind
 const FOLLOW = 10_000; // milliseconds between looks at the count
 
 let model = null; // as /v1/model tells it
@@ -23,6 +21,7 @@ async function start() {
   makeQuery();
   makeTheme();
   makeCompare(turn);
+  foldFilters();
   makeKeyForm();
   onView(show);
   $("others").addEventListener("click", () => show(read(), { again: true }));
@@ -81,7 +80,13 @@ function details({ extractor, key, taps, resize, dimension, metric }) {
 async function followCount() {
   if (document.hidden || !model) return;
   const count = await api.count().catch(() => null);
-  if (count !== null) $("count").textContent = whole(count);
+  if (count === null || count === model.count) return;
+  $("count").textContent = whole(count);
+  const now = await api.columns().catch(() => null);
+  if (now === null || $("columns").contains(document.activeElement)) return; // who uses a filter keeps it; next time
+  [model.count, columns] = [count, now];
+  makeFilters(columns);
+  drawFilters(read().where);
 }
 
 /** Show a view: its controls at once, its results when they come. */
@@ -136,12 +141,12 @@ async function fillExamples(view, signal) {
   results.showTiles(items);
 }
 
-/** Items at random: where a column has few values, from each of them, as those of the list's start may all be alike. */
+/** Items at random: where a column has few values, from each of them. */
 async function examples(where, signal) {
   const kinds = columns.find(({ name, values }) => values?.length > 1 && values.length <= EXAMPLES && !(name in where));
-  if (!kinds || typeof kinds.min === "number") return shuffled(await api.list(where, LISTED, signal)).slice(0, EXAMPLES);
+  if (!kinds || typeof kinds.min === "number") return api.some(where, EXAMPLES, signal);
   const lists = await Promise.all(
-    kinds.values.map(({ value }) => api.list({ ...where, [kinds.name]: value }, SOME, signal).then(shuffled)),
+    kinds.values.map(({ value }) => api.some({ ...where, [kinds.name]: value }, EXAMPLES, signal)),
   );
   const each = Math.ceil(EXAMPLES / lists.filter((list) => list.length).length);
   return shuffled(lists.flatMap((list) => list.slice(0, each))).slice(0, EXAMPLES);
