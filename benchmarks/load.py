@@ -92,6 +92,16 @@ class Asking:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def __call__(self, request: bytes) -> int:
+        kept = self._streams is not None
+        try:
+            return await self._ask(request)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._streams = None
+            if not kept:
+                raise
+            return await self._ask(request)  # a service hangs up on connections that are idle for long
+
+    async def _ask(self, request: bytes) -> int:
         if self._streams is None:
             self._streams = await asyncio.open_connection(*self._address)
         reader, writer = self._streams

@@ -144,6 +144,7 @@ def saturated(
         found["clients"].append(closed_loop(served.address, searches(queries), CLIENTS, options.seconds).rate)
         load = closed_loop(served.address, batches(queries, 64), 4, options.seconds)
         found["batches"].append(64 * load.rate)
+        print({name: round(values[-1], 1) for name, values in found.items()}, flush=True)
     rates = {name: spread(values) for name, values in found.items()}
     over = {name: _over(found[name], found["bare"]) for name in ("clients", "batches")}
     return rates["clients"].median, [

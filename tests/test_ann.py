@@ -25,6 +25,16 @@ def images():
     return everything[order[:COUNT]], everything[order[COUNT:]]
 
 
+@pytest.fixture(params=["ours", "faiss"])
+def products(request):
+    """Who multiplies matrices in a flat search: FAISS does from its threshold on."""
+    before = faiss.cvar.distance_compute_blas_threshold
+    if request.param == "faiss":
+        faiss.cvar.distance_compute_blas_threshold = 1
+    yield request.param
+    faiss.cvar.distance_compute_blas_threshold = before
+
+
 @pytest.fixture(scope="module")
 def built(images):
     return {kind: build_vectors(unit(images[0]), kind) for kind in KINDS}
@@ -33,6 +43,7 @@ def built(images):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("queries", [1, 2, 300])
 @pytest.mark.parametrize("share", [None, 1, 0.9, 0.5, 0.1, 0.01, 0.001])
+@pytest.mark.usefixtures("products")
 def test_exact_search_is_brute_force(rng, metric, queries, share):
     vectors, asked = rng.normal(size=(5000, 24)).astype(np.float32), rng.normal(size=(queries, 24)).astype(np.float32)
     if metric == "cosine":
@@ -52,6 +63,7 @@ def test_exact_search_is_brute_force(rng, metric, queries, share):
 
 
 @pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.usefixtures("products")
 def test_scores_do_not_depend_on_the_batch(images, metric):
     vectors, asked = images[0][:3000], images[1][:40]
     index = build_vectors(vectors, "flat", metric).vectors
@@ -61,6 +73,7 @@ def test_scores_do_not_depend_on_the_batch(images, metric):
     np.testing.assert_array_equal(np.concatenate([one[1] for one in alone]), rows)
 
 
+@pytest.mark.usefixtures("products")
 def test_of_equally_near_vectors_the_lower_rows_come_first():
     vectors = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
     for queries in (1, 5):
@@ -68,6 +81,7 @@ def test_of_equally_near_vectors_the_lower_rows_come_first():
         assert (rows == [4, 5, 6, 7]).all()
 
 
+@pytest.mark.usefixtures("products")
 def test_many_blocks_and_many_hits(rng):
     vectors, asked = rng.normal(size=(9000, 512)).astype(np.float32), rng.normal(size=(3, 512)).astype(np.float32)
     for part in (asked, asked[:1]):  # one query is compared in blocks of 2,048
@@ -78,6 +92,7 @@ def test_many_blocks_and_many_hits(rng):
             assert len({*mine} & {*theirs}) >= 2998
 
 
+@pytest.mark.usefixtures("products")
 def test_what_overflows_does_not_hide_the_others():
     vectors = np.eye(4, dtype=np.float32)
     vectors[2] *= np.float32(3e38)

@@ -300,10 +300,10 @@ def test_the_faster_setting_is_kept(monkeypatch):
         pause.wait(0.001 if faiss.cvar.distance_compute_blas_threshold == 1 else 0.03)
 
     try:
-        assert calibrate(search, vectors_of(3), coarse=True) == (1, 1)
+        assert calibrate(search, vectors_of(3), multiplies=True) == (1, 1)
         assert faiss.cvar.distance_compute_blas_threshold == 1
         faiss.cvar.distance_compute_blas_threshold = threshold
-        assert calibrate(search, vectors_of(3), coarse=False) == (1, threshold)
+        assert calibrate(search, vectors_of(3), multiplies=False) == (1, threshold)
     finally:
         faiss.cvar.distance_compute_blas_threshold = threshold
         faiss.omp_set_num_threads(threads)

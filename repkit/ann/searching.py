@@ -110,6 +110,9 @@ def vectors_of(index: Any) -> Vectors | None:
 def _exact(index: Any, raw: Vectors | None, queries: Queries, k: int, metric: str, allowed: Allowed | None) -> Found:
     whole = vectors_of(index) if raw is None else raw
     if whole is not None:
+        if _multiplies(index, len(queries), k, allowed):
+            rows = index.search(queries, min(k + SPARE, index.ntotal))[1]
+            return rescored(whole.__getitem__, queries, rows, k, metric=metric)
         if _suits_faiss(index, len(queries), allowed):
             every = np.ones(index.ntotal, bool) if allowed is None else allowed
             parameters = faiss.SearchParameters(sel=_selector(every))
@@ -120,6 +123,16 @@ def _exact(index: Any, raw: Vectors | None, queries: Queries, k: int, metric: st
         raise ValueError('"ivf-pq" holds compressed vectors only; give raw= for an exact search')
     rows = np.arange(index.ntotal) if allowed is None else np.flatnonzero(allowed)
     return nearest_rows(index.reconstruct_batch, rows, queries, k, metric=metric)
+
+
+def _multiplies(index: Any, queries: int, k: int, allowed: Allowed | None) -> bool:
+    """Whether to let FAISS multiply matrices: unfiltered, from its threshold on, which a service sets.
+
+    Only for few hits: of many it keeps, of equally near ones, not the lower rows.
+    """
+    enough = queries * index.d >= faiss.cvar.distance_compute_blas_threshold
+    few = k + SPARE < faiss.cvar.distance_compute_min_k_reservoir
+    return kind_of(index) == "flat" and queries > 1 and allowed is None and enough and few
 
 
 def _suits_faiss(index: Any, queries: int, allowed: Allowed | None) -> bool:

@@ -1,7 +1,7 @@
 """Calibration: how many threads a search takes, and when FAISS multiplies matrices, measured on the index itself.
 
-More threads can make a search slower where others want the cores too, and FAISS compares few queries with the
-centroids of "ivf" one by one unless told otherwise; which is better depends on machine and index.
+More threads can make a search slower where others want the cores too, and FAISS compares few queries one by one, with
+the vectors of "flat" and the centroids of "ivf", unless told otherwise; which is better depends on machine and index.
 """
 
 import os
@@ -24,15 +24,16 @@ _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 Search = Callable[[Float32[np.ndarray, "q d"]], object]
 
 
-def calibrate(search: Search, queries: Float32[np.ndarray, "q d"], *, coarse: bool) -> tuple[int, int]:
+def calibrate(search: Search, queries: Float32[np.ndarray, "q d"], *, multiplies: bool) -> tuple[int, int]:
     """Choose threads and FAISS's threshold for products, and leave them set; the two.
 
-    search: of some queries, with the settings most use. queries: at least one; they are repeated. coarse: whether the
-    index compares with centroids first. To be called in the thread that will search: FAISS keeps the number of threads
-    for each. The settings hold for the whole process; numbers of threads in the environment are left as they are.
+    search: of some queries, with the settings most use. queries: at least one; they are repeated. multiplies: whether
+    FAISS may, as for "flat" and for the centroids of "ivf". To be called in the thread that will search: FAISS keeps
+    the number of threads for each. The settings hold for the whole process; numbers of threads in the environment are
+    left as they are.
     """
     before = faiss.cvar.distance_compute_blas_threshold
-    candidates = list(product(_threads(), (before, 1) if coarse else (before,)))
+    candidates = list(product(_threads(), (before, 1) if multiplies else (before,)))
     begun, best, chosen = perf_counter(), np.inf, candidates[0]
     for candidate in candidates if len(candidates) > 1 else ():
         _set(*candidate)

@@ -112,7 +112,7 @@ def _calibrate(live: LiveIndex) -> None:
     queries = [one.vector for one in stored if one is not None]
     if queries:
         search = partial(live.search, k=10)
-        calibrate(search, np.stack(queries), coarse=str(live.described.get("kind")).startswith("ivf"))
+        calibrate(search, np.stack(queries), multiplies=live.described.get("kind") != "hnsw")
 
 
 def _searching(live: LiveIndex) -> Any:
