@@ -75,7 +75,8 @@ def measured(options: argparse.Namespace) -> str:
     """The section."""
     data = features(options.images, options.views, options.taps)
     count, dimension = data.vectors.shape
-    return f"""`python benchmarks/search_kinds.py`: {count:,} vectors of {dimension} numbers (mini-unet, {options.taps},
+    command = f"python benchmarks/search_kinds.py --images {options.images} --rounds {options.rounds}"
+    return f"""`{command}`: {count:,} vectors of {dimension} numbers (mini-unet, {options.taps},
 {options.views} views of each image), cosine; recall@10 of {len(data.measuring):,} queries, of images that are
 not in the index; {options.rounds} rounds; faiss {faiss.__version__}.
 
