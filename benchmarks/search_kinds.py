@@ -3,7 +3,8 @@
 On features of mini-unet for the bundled images, each in several views (mirrored and shifted) and at several taps of one
 width, all in one index; the queries are those of images that are not in it. Recall against queries a second of each
 kind, at efforts below and above the tuned one; the recall that "auto" was asked for, and found on other queries; what
-a filter costs, over FAISS's own selector of rows; and memory.
+a filter costs, over FAISS's own selectors of rows; and memory. With `--count` and `--only filters`, the filters alone
+on so many vectors of `search_vectors.py`.
 """
 
 import argparse
@@ -18,10 +19,12 @@ from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float32
 from measuring import PAGE, Spread, machine, ratio, spread, table, take_turns, write_section
+from search_vectors import real_vectors
 from threadpoolctl import threadpool_limits
 
 from repkit.ann import Built, build_vectors, search_vectors, unit
@@ -30,12 +33,15 @@ from repkit.datasets.fashion_mnist import load as load_images
 from repkit.extractors import DiffusionExtractor
 from repkit.indexfiles import read_vectors, write_vectors
 from repkit.pooling import pool
+from repkit.retrieval import Index
+from repkit.where import Where, mask
 from repkit.zoo import load
 
 TAPS = "down.2,mid,up.0@50"
 VIEWS = [(False, 0, 0), (True, 0, 0), (False, 2, 1), (True, -1, 2), (False, -2, -2), (True, 1, -1)]  # mirrored, shift
 QUERIES, BATCH, SINGLES = 2000, 256, 200
-SHARES = (1.0, 0.1, 0.01, 0.001)
+SHARES = (0.9, 0.5, 0.1, 0.01, 0.001)
+CACHE = Path.home() / ".cache" / "repkit-benchmarks"
 EFFORT = {"hnsw": "ef", "ivf": "nprobe", "ivf-pq": "nprobe"}
 
 Vectors = Float32[np.ndarray, "n d"]
@@ -63,9 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="threads of torch, FAISS and numpy")
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--only", choices=["filters"], help="print these alone, of --count vectors; writes no page")
+    parser.add_argument("--count", type=int, default=1_000_000, help="vectors of --only")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where those vectors are kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     with threadpool_limits(options.threads):
+        if options.only:
+            vectors, queries = real_vectors(options.count, options.cache)
+            chosen = np.sort(np.random.default_rng(0).permutation(len(queries))[:QUERIES])
+            print(filters(Data(np.asarray(vectors), queries[chosen], queries[chosen]), options.rounds))
+            return
         body = measured(options)
     print(body)
     write_section(options.page, "Search", body)
@@ -91,7 +105,10 @@ Recall asked of "auto", and found:
 
 {asked(data)}
 
-A flat index with a filter, the time of FAISS's own search with a selector of rows over ours:
+A flat index with a filter, the time of FAISS's own search with a selector of rows over ours, given the same mask:
+as a bitmap, and as the set of row numbers that `IDSelectorBatch` makes. "From the metadata": through
+`repkit.Index` with `where`, a number that has to be in a range, over the same mask given to FAISS: of a filter that
+was not asked before, and of one that was.
 
 {filters(data, options.rounds)}
 
@@ -180,30 +197,58 @@ def asked(data: Data) -> str:
 
 def filters(data: Data, rounds: int) -> str:
     """A row for each share of rows that is allowed: FAISS's time over ours, and our queries a second."""
-    index, rows = build_vectors(data.vectors, "flat").vectors, []
+    drawn = pa.table({"drawn": np.random.default_rng(1).permutation(len(data.vectors))})
+    index, rows = Index.build(data.vectors, kind="flat", metadata=drawn), []
     for share in SHARES:
-        allowed = np.random.default_rng(1).permutation(len(data.vectors)) < max(10, share * len(data.vectors))
-        cells = [_filtered(index, data.measuring[:count], allowed, rounds) for count in (1, 16, BATCH)]
-        rows.append([f"{100 * share:g} % of the rows", *(cell for pair in cells for cell in pair)])
+        where = {"drawn": {"lt": max(10, round(share * len(data.vectors)))}}
+        cells = [_filtered(index, data.measuring[:count], where, rounds) for count in (1, 16, BATCH)]
+        told = _from_metadata(index, data.measuring[:1], where, rounds)
+        rows.append([f"{100 * share:g} % of the rows", *(cell for pair in cells for cell in pair), *told])
     head = [cell for count in ("1 query", "16 queries", f"{BATCH} queries") for cell in (count, "queries/s")]
-    return table(("", *head), rows)
+    return table(("", *head, "1 query from the metadata, first", "and again"), rows)
 
 
-def _filtered(index: Any, queries: Vectors, allowed: Bool[np.ndarray, " n"], rounds: int) -> tuple[str, str]:
-    selector: Any = faiss.IDSelectorBitmap  # whose stubs lack its Python
-    parameters = faiss.SearchParameters(sel=selector(np.packbits(allowed, bitorder="little")))
+def _filtered(index: Index, queries: Vectors, where: Where, rounds: int) -> tuple[str, str]:
+    """Both sides have the mask."""
+    allowed = mask(index.items, where)
     repeats = max(1, 16 // len(queries))
+    search = partial(search_vectors, index.vectors, queries, 10, metric="cosine", allowed=allowed)
+    actions: dict[str, Any] = {name: partial(theirs, queries) for name, theirs in _selectors(index, allowed).items()}
     seconds = take_turns(
-        {
-            "faiss": lambda: [index.search(queries, 10, params=parameters) for _ in range(repeats)],
-            "ours": lambda: [
-                search_vectors(index, queries, 10, metric="cosine", allowed=allowed) for _ in range(repeats)
-            ],
-        },
-        rounds,
+        {name: partial(_repeated, action, repeats) for name, action in {**actions, "ours": search}.items()}, rounds
     )
-    rate = _rate(repeats * len(queries), seconds["ours"])
-    return f"{ratio(seconds['faiss'], seconds['ours']):.1f}", f"{rate:.0f}"
+    ratios = (ratio(seconds[name], seconds["ours"]).median for name in actions)
+    return ", ".join(f"{one:.1f}" for one in ratios), f"{_rate(repeats * len(queries), seconds['ours']):.0f}"
+
+
+def _selectors(index: Index, allowed: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+    """FAISS's own search with each selector, which is made once."""
+    bitmap: Any = faiss.IDSelectorBitmap  # whose stubs lack its Python
+    batch: Any = faiss.IDSelectorBatch
+    made = {"bitmap": bitmap(np.packbits(allowed, bitorder="little")), "batch": batch(np.flatnonzero(allowed))}
+    given = {name: faiss.SearchParameters(sel=selector) for name, selector in made.items()}
+    return {name: partial(index.vectors.search, k=10, params=one) for name, one in given.items()}
+
+
+def _from_metadata(index: Index, query: Vectors, where: Where, rounds: int) -> tuple[str, str]:
+    """FAISS's time, with a mask made for it anew, over that of the index, which at first makes one too."""
+
+    def theirs() -> None:
+        bitmap: Any = faiss.IDSelectorBitmap
+        selector = bitmap(np.packbits(mask(index.items, where), bitorder="little"))
+        index.vectors.search(query, 10, params=faiss.SearchParameters(sel=selector))
+
+    def first() -> None:
+        Index(index.vectors, index.items, "cosine").search(query, 10, where=where)
+
+    again = partial(index.search, query, 10, where=where)
+    seconds = take_turns({"theirs": theirs, "first": first, "again": again}, 4 * rounds)
+    return tuple(f"{ratio(seconds['theirs'], seconds[name]):.1f}" for name in ("first", "again"))  # type: ignore[return-value]
+
+
+def _repeated(action: Any, repeats: int) -> None:
+    for _ in range(repeats):
+        action()
 
 
 def memory(data: Data) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int64
+from jaxtyping import Bool, Float32, Int64
 
 from repkit.ann import METRICS, build_vectors, search_vectors, unit
 from repkit.ann.changing import extend, without
@@ -18,7 +18,7 @@ from repkit.indexfiles import DESCRIBED, read_index, read_raw, write_index
 from repkit.indexitems import Metadata, joined, rows_of, table_of
 from repkit.indexsources import Vectors, check_same, check_vectors, pooled, read_store
 from repkit.store import FeatureStore
-from repkit.where import Where, mask
+from repkit.where import Masks, Where
 
 _EFFORT = {"ef": ("hnsw",), "nprobe": ("ivf", "ivf-pq")}
 
@@ -59,6 +59,7 @@ class Index:
     recall: float | None = 1.0
     raw: Float32[np.ndarray, "n d"] | None = field(default=None, repr=False)
     mapped: bool = False
+    _masks: Masks | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def build(
@@ -148,8 +149,8 @@ class Index:
         if k < 1:
             raise ValueError(f"k={k}; give at least 1")
         self.check_effort(ef, nprobe)
-        allowed = None if where is None else mask(self.items, where)
-        number = len(self) if allowed is None else int(allowed.sum())
+        allowed = None if where is None else self._allowed(where)
+        number = len(self) if allowed is None else int(np.count_nonzero(allowed))
         options: dict[str, Any] = {"exact": exact, "ef": ef, "nprobe": nprobe, "raw": self.raw}
         k = min(k, number)
         if k == 0 or len(vectors) == 0:
@@ -228,6 +229,12 @@ class Index:
 
     def _scaled(self, vectors: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
         return unit(vectors) if self.metric == "cosine" else vectors
+
+    def _allowed(self, where: Where) -> Bool[np.ndarray, " n"]:
+        masks = self._masks
+        if masks is None or masks.items is not self.items:
+            self._masks = masks = Masks(self.items)
+        return masks(where)
 
     def _asked(self, queries: Features | Vectors) -> Float32[np.ndarray, "q d"]:
         if isinstance(queries, Features):

@@ -81,10 +81,32 @@ def test_of_equally_near_vectors_the_lower_rows_come_first():
         assert (rows == [4, 5, 6, 7]).all()
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("share", [None, 0.97, 0.8, 0.3])
+def test_of_very_many_equally_near_vectors_one_query_finds_the_lower_rows(rng, metric, share):
+    vectors = np.repeat(np.float32([[0.6, 0.8], [0, 1], [1, 0]]), [3000, 3000, 12], 0)
+    vectors = vectors[[*range(2000), *range(6000, 6012), *range(2000, 6000)]]  # the nearest come after many of the next
+    allowed = np.ones(len(vectors), bool) if share is None else rng.random(len(vectors)) < share
+    asked = np.float32([[1, 0.001]])
+    for k in (10, 20, 150):
+        expected = brute_force(vectors, asked, k, metric, allowed)[1]
+        rows = nearest(vectors, asked, k, metric=metric, allowed=None if share is None else allowed)[1]
+        assert (rows == expected).all()
+
+
+def test_one_query_whose_neighbours_are_not_allowed(rng):
+    vectors, asked = rng.normal(size=(20_000, 8)).astype(np.float32), rng.normal(size=(1, 8)).astype(np.float32)
+    allowed = np.ones(20_000, bool)
+    allowed[brute_force(vectors, asked, 4000, "l2")[1]] = False
+    for metric in ("ip", "l2"):
+        expected = brute_force(vectors, asked, 10, metric, allowed)[1]
+        assert (nearest(vectors, asked, 10, metric=metric, allowed=allowed)[1] == expected).all()
+
+
 @pytest.mark.usefixtures("products")
 def test_many_blocks_and_many_hits(rng):
     vectors, asked = rng.normal(size=(9000, 512)).astype(np.float32), rng.normal(size=(3, 512)).astype(np.float32)
-    for part in (asked, asked[:1]):  # one query is compared in blocks of 2,048
+    for part in (asked, asked[:1]):
         scores, rows = nearest(vectors, part, 3000, metric="l2")
         expected, right = brute_force(vectors, part, 3000, "l2")
         np.testing.assert_allclose(scores, expected, rtol=1e-5)

@@ -129,6 +129,16 @@ def test_identical_vectors_are_no_mistake():
         assert (search_vectors(built.vectors, np.ones((1, 8), np.float32), 20, metric="l2")[0] == 0).all()
 
 
+def test_identical_vectors_do_not_hide_what_is_missed(images, small_is_large):
+    vectors = np.concatenate([images[0][:4000], np.repeat(images[0][:1], 8000, 0)])
+    vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
+    for kind in ("hnsw", "auto"):
+        built = build_vectors(vectors, kind)
+        rows = search_vectors(built.vectors, images[1], 10, metric="cosine")[1]
+        assert built.recall < recall(vectors, images[1], rows, "cosine") + 0.02
+    assert built.kind == "ivf" and built.recall > 0.945
+
+
 def test_a_recall_that_cannot_be_reached_is_told(images, caplog, monkeypatch, small_is_large):
     monkeypatch.setattr(building, "_MOST_EF", 2)
     with caplog.at_level(logging.WARNING, "repkit"):

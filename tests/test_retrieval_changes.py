@@ -96,6 +96,7 @@ def test_items_come_and_go(images, kind):
     assert all(int(name) >= 1500 for name in index.search(queries[:1], where={"label": "new"}).ids[0])
     index.remove([str(row) for row in range(0, 2000, 2)])
     assert index.items["id"].to_pylist() == [str(row) for row in range(1, 2000, 2)]
+    assert all(int(name) >= 1500 for name in index.search(queries[:1], where={"label": "new"}).ids[0])
     hits = index.search(queries)
     assert recall(vectors[1::2], queries, hits.rows, "cosine") > 0.9
     assert hits.ids == [[str(2 * row + 1) for row in found] for found in hits.rows]

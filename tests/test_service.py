@@ -4,6 +4,7 @@ import json
 import sqlite3
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
 
 import faiss
 import numpy as np
@@ -90,7 +91,7 @@ def test_a_filter_allows_what_it_says(http, vectors, rng, where, allows):
     answer = http.post("/v1/search", json={"vector": query.tolist(), "k": 8, "where": where}).json()
     check_hits(answer, vectors, query, 8, allowed)
     assert answer["scanned"] == allowed.sum()
-    count = http.get("/v1/items/count", params={"where": json.dumps(where)}).json()
+    count = http.get("/v1/count", params={"where": json.dumps(where)}).json()
     assert count == {"count": allowed.sum()}
 
 
@@ -121,7 +122,7 @@ def test_requests_that_wait_are_searched_together(served, http, vectors, rng):
             first = threads.submit(http.post, "/v1/search", json={"vector": queries[0].tolist()})
             begun.wait(10)
             found = [threads.submit(http.post, "/v1/search", json={"vector": one.tolist()}) for one in queries]
-            while len(service.batcher._queue) < len(queries):
+            while len(service.batcher._line) < len(queries):
                 held.wait(0.01)
             held.set()
             for query, answer in zip([queries[0], *queries], [first, *found], strict=True):
@@ -182,7 +183,30 @@ def test_what_is_changed_is_what_is_found(changing, vectors):
     assert http.get("/v1/items/5").status_code == http.delete("/v1/items/5").status_code == 404
     assert http.patch("/v1/items/5", json={"metadata": {}}).status_code == 404
     assert http.post("/v1/items/delete", json={"ids": ["6", "7", "missing"]}).json()["deleted"] == 2
-    assert http.get("/v1/items/count").json()["count"] == COUNT + 1 - 3
+    assert http.get("/v1/count").json()["count"] == COUNT + 1 - 3
+
+
+def test_every_id_has_an_address(changing):
+    http, _ = changing
+    names = ["count", "get", "image", "delete", "..", "a/../b", "x/", "/x", "?", "%2F", " ", "v1/items"]
+    items = [{"id": name, "vector": [1.0] * DIMENSION} for name in names]
+    assert http.put("/v1/items", json={"items": items}).status_code == 200
+    for name in names:
+        path = "/v1/items/" + quote(name, safe="").replace(".", "%2E")
+        assert http.get(path).json()["id"] == name
+        assert http.patch(path, json={"metadata": {"size": 1}}).status_code == 200
+        assert http.delete(path).json()["deleted"] == 1
+        assert http.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/", "/static/page.js", "/livez", "/readyz"])
+def test_monitors_may_ask_for_the_head_alone(changing, path):
+    http, service = changing
+    whole, head = http.get(path), http.head(path)
+    assert (head.status_code, head.content) == (200, b"") and head.headers["content-length"] != "0"
+    assert {**head.headers, "date": ""} == {**whole.headers, "date": ""}
+    service.draining = True
+    assert http.head("/readyz").status_code == 503
 
 
 def test_the_same_key_makes_a_change_once(changing):
@@ -214,7 +238,7 @@ def test_a_restarted_service_has_what_was_changed(vectors, tmp_path):
         http.delete("/v1/items/0")
     with running(Settings(index=folder)) as (url, _), asking(url) as http:
         assert http.post("/v1/search", json={"vector": [2.0] * DIMENSION, "k": 1}).json()["hits"][0]["id"] == "a"
-        assert http.get("/v1/items/count").json()["count"] == COUNT
+        assert http.get("/v1/count").json()["count"] == COUNT
 
 
 def test_the_index_is_described(http, served):

@@ -124,6 +124,35 @@ def test_an_uploaded_item_is_kept_with_its_picture(http, photo):
     assert http.get("/v1/thumbnails", params={"id": data["id"]}).status_code == 404
 
 
+def test_the_file_of_an_item_is_not_that_of_the_one_in_its_place(folder, photo, tmp_path):
+    copy = tmp_path / "index"
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("live"))
+    with running(Settings(index=copy, decoders=1)) as (url, service), asking(url) as http:
+        name = http.get("/v1/items", params={"limit": 1}).json()["items"][0]["id"]
+        vector = {"items": [{"id": name, "vector": [1.0] * service.live.dimension}]}
+
+        def statuses():
+            match = http.post("/v1/match", files={"source_id": (None, name), "target": photo})
+            return http.get("/v1/thumbnails", params={"id": name}).status_code, match.status_code
+
+        assert http.patch(f"/v1/items/{name}", json={"metadata": {"label": "other"}}).status_code == 200
+        assert statuses() == (200, 200) and service.live.is_original(name)
+        assert http.put("/v1/items", json=vector).status_code == 200
+        assert statuses() == (404, 404)
+        assert http.post("/v1/items/image", files={"file": photo}, data={"id": name}).status_code == 200
+        shown = http.get("/v1/thumbnails", params={"id": name, "side": 70}).content
+        assert Image.open(BytesIO(shown)).size == (70, 50) and statuses() == (200, 200)
+        assert http.put("/v1/items", json=vector).status_code == 200
+        assert statuses() == (404, 404)
+        http.post("/v1/items/delete", json={"ids": [name]})
+        assert http.put("/v1/items", json=vector).status_code == 200
+        assert statuses() == (404, 404)
+        service.live.compact()
+        others = [one["id"] for one in http.get("/v1/items").json()["items"] if one["id"] != name]
+    with LiveIndex.open(copy) as live:
+        assert not live.is_original(name) and all(map(live.is_original, others))
+
+
 def test_a_thumbnail_is_the_file_that_was_indexed(http, clothes):
     name = http.get("/v1/items", params={"limit": 1}).json()["items"][0]["id"]
     shown = http.get("/v1/thumbnails", params={"id": name})

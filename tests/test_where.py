@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repkit.where import MOST_CHARACTERS, MOST_COLUMNS, MOST_VALUES, check_where, column_types, mask
+from repkit import where as filters
+from repkit.where import MOST_CHARACTERS, MOST_COLUMNS, MOST_VALUES, Masks, check_where, column_types, mask
 
 LABELS = ["bag", "coat", None, "bag", "shoe", ""]
 WIDTHS = [64, 32, 64, None, -5, 2**53 + 1]
@@ -160,3 +161,41 @@ def test_a_table_without_columns_says_so():
 def test_text_is_no_filter():
     with pytest.raises(ValueError, match="where is a str; give a mapping"):
         check_where("label = 'bag'", {"label": str})
+
+
+def test_masks_of_late_are_kept_and_right(items):
+    masks = Masks(items)
+    asked = [
+        {"label": "bag"},
+        {"label": ["bag"]},
+        {"label": {"ne": "bag"}},
+        {"label": {"ne": ["bag", None]}},
+        {"label": None},
+        {"width": {"gte": 32}},
+        {"width": {"gt": 32}},
+        {"width": {"gte": 32, "lt": 64}},
+        {"good": True},
+        {"good": True, "label": "bag"},
+        {},
+    ]
+    for _ in range(2):
+        for where in asked:
+            np.testing.assert_array_equal(masks(where), mask(items, where))
+    assert masks({"label": "bag"}) is masks({"label": "bag"})
+    with pytest.raises(ValueError, match="read-only"):
+        masks({"label": "bag"})[0] = False
+    with pytest.raises(ValueError, match="no column 'x'"):
+        masks({"x": 1})
+
+
+@pytest.mark.parametrize(("name", "most"), [("_MOST_MASKS", 3), ("_MOST_BYTES", 3 * 6)])
+def test_only_so_many_masks_are_kept(items, monkeypatch, name, most):
+    monkeypatch.setattr(filters, name, most)
+    masks = Masks(items)
+    first = masks({"width": 0})
+    for width in (1, 2, 0, 3):
+        masks({"width": width})
+    assert masks({"width": 0}) is first  # asked for again not long ago
+    for width in (4, 5, 6):
+        masks({"width": width})
+    assert masks({"width": 0}) is not first

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Float64, Int64
 from repkit.ann.nearest import METRICS, Found, Vectors
 from repkit.ann.searching import search_vectors
 from repkit.ann.sizes import KINDS, Parameters, kinds_for, parameters_for, size
-from repkit.ann.tuning import NEGLIGIBLE, Trial, held_out, reaches, smallest, trials
+from repkit.ann.tuning import NEGLIGIBLE, Trial, distinct, held_out, reaches, smallest, trials
 
 faiss: Any = _faiss  # whose stubs lack what its Python adds
 _EFFORT = {"hnsw": "ef", "ivf": "nprobe", "ivf-pq": "nprobe"}
@@ -31,7 +31,7 @@ class Built:
 
     kind: never "auto". parameters: those of the kind, with the tuned `ef` or `nprobe`, which the index has as its
     own. recall: recall@10 on held-out queries other than those it was tuned on, 1.0 for "flat"; None where there
-    were too few vectors to hold any out.
+    were too few different vectors to hold any out.
     """
 
     vectors: Any  # a faiss.Index
@@ -56,9 +56,11 @@ def build_vectors(
     kind: "flat" compares with every vector; "hnsw" walks a graph of neighbours; "ivf" looks into the lists of the
     nearest centroids; "ivf-pq" has vectors compressed in such lists, and is to be searched with the raw ones at hand;
     "auto" is the fastest of these that reaches the recall and fits the memory, and "flat" for a few thousand vectors.
-    recall: the recall@10 that ef or nprobe is tuned to. memory: bytes that the index may take, None for any number.
+    recall: the recall@10 that ef or nprobe is tuned to. memory: bytes that the index may take, None for any number; one
+    of "ivf" just built takes up to twice as many, until it has been written and read.
     queries: to tune on half of, and to measure recall with the other half; by default a tenth of the vectors, at most
-    4,000, which join the index only when that is done.
+    4,000, which join the index only when that is done; of identical ones, one is asked. Thousands of identical vectors
+    stand in the way of the graph of "hnsw", whose recall then tells so; "ivf" does not mind them.
     Raises ValueError for what is not known, not finite or empty, and for too little memory or too few vectors.
     """
     _check(vectors, kind, metric, recall, memory, queries)
@@ -115,7 +117,7 @@ def _build(
     _add(index, kind, vectors, first, 0, progress)
     if kind == "flat":
         return Built(index, kind, parameters, 1.0)
-    asked = vectors[late] if queries is None else queries
+    asked = distinct(vectors[late]) if queries is None else queries
     measured = None
     if len(asked) > 1:
         allowed = np.ones(len(vectors), bool)

@@ -1,7 +1,7 @@
 """Exact search: products of matrices, a block of vectors at a time, and the best of each block.
 
 FAISS's flat index compares 2 to some hundred queries one by one, and with a filter any number; this takes a fraction
-of the time there, and the same for one query.
+of the time there. A single query is FAISS's.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 import faiss
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
+
+from repkit.ann.single import candidates
 
 METRICS = {"cosine": faiss.METRIC_INNER_PRODUCT, "ip": faiss.METRIC_INNER_PRODUCT, "l2": faiss.METRIC_L2}
 Vectors = Float32[np.ndarray, "n d"]
@@ -20,6 +22,7 @@ Block = tuple[Float32[np.ndarray, "b d"], Int64[np.ndarray, " b"], Bool[np.ndarr
 # large, since on a machine that is busy, or limited in its processors, each product may have to wait for a thread.
 _BLOCK, _PRODUCT = 1 << 20, 1 << 24
 _QUERIES = 256  # of a product, which bounds its scores
+_FETCHED = 0.7  # of the vectors: below this share, to fetch the allowed ones is less work
 SPARE = 8  # candidates beside the k: products of other shapes round another way, and so would choose others
 
 
@@ -36,8 +39,11 @@ def nearest(
     scores: inner products (cosines, of vectors of `unit`), or for "l2" Euclidean distances; where there are fewer
     than k, and where float32 overflows, -inf (for "l2" inf) and row -1. A score is the same in any batch of queries.
     """
-    fetched = 0.3 if len(queries) == 1 else 0.7  # below this share, to fetch the allowed ones is less work
-    if allowed is not None and int(allowed.sum()) < fetched * len(vectors):
+    if len(queries) == 1:
+        rows = candidates(vectors, queries, k, SPARE, metric=metric, allowed=allowed)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is never chosen
+            return rescored(vectors.__getitem__, queries, rows, k, metric=metric)
+    if allowed is not None and np.count_nonzero(allowed) < _FETCHED * len(vectors):
         return nearest_rows(vectors.__getitem__, np.flatnonzero(allowed), queries, k, metric=metric)
     blocks = _slices(vectors, allowed, _rows_a_block(queries))
     return _nearest_of(blocks, vectors.__getitem__, queries, k, metric)
@@ -67,9 +73,8 @@ def rescored(
         exact = _scores(known, queries[part, None], metric)
         good = (found >= 0) & np.isfinite(exact)
         exact, found = np.where(good, exact, np.float32(worst)), np.where(good, found, -1)
-        order = np.lexsort((found, exact if metric == "l2" else -exact), axis=1)
-        scores[part, : found.shape[1]] = np.take_along_axis(exact, order, 1)
-        chosen[part, : found.shape[1]] = np.take_along_axis(found, order, 1)
+        order = np.arange(len(found))[:, None], np.lexsort((found, exact if metric == "l2" else -exact), axis=1)
+        scores[part, : found.shape[1]], chosen[part, : found.shape[1]] = exact[order], found[order]
     return scores[:, :k], chosen[:, :k]
 
 

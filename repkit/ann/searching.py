@@ -39,7 +39,7 @@ def search_vectors(
     Raises ValueError for queries of another dimension or not finite, and for k, ef or nprobe below 1.
     """
     check_search(index, queries, k, allowed=allowed, ef=ef, nprobe=nprobe)
-    number = index.ntotal if allowed is None else int(allowed.sum())
+    number = index.ntotal if allowed is None else int(np.count_nonzero(allowed))
     allowed = None if number == index.ntotal else allowed
     wanted = min(k, number)
     if not wanted or not len(queries):
@@ -113,11 +113,6 @@ def _exact(index: Any, raw: Vectors | None, queries: Queries, k: int, metric: st
         if _multiplies(index, len(queries), k, allowed):
             rows = index.search(queries, min(k + SPARE, index.ntotal))[1]
             return rescored(whole.__getitem__, queries, rows, k, metric=metric)
-        if _suits_faiss(index, len(queries), allowed):
-            every = np.ones(index.ntotal, bool) if allowed is None else allowed
-            parameters = faiss.SearchParameters(sel=_selector(every))
-            rows = index.search(queries, min(k + SPARE, index.ntotal), params=parameters)[1]
-            return rescored(whole.__getitem__, queries, rows, k, metric=metric)
         return nearest(whole, queries, k, metric=metric, allowed=allowed)
     if kind_of(index) == "ivf-pq":
         raise ValueError('"ivf-pq" holds compressed vectors only; give raw= for an exact search')
@@ -133,15 +128,6 @@ def _multiplies(index: Any, queries: int, k: int, allowed: Allowed | None) -> bo
     enough = queries * index.d >= faiss.cvar.distance_compute_blas_threshold
     few = k + SPARE < faiss.cvar.distance_compute_min_k_reservoir
     return kind_of(index) == "flat" and queries > 1 and allowed is None and enough and few
-
-
-def _suits_faiss(index: Any, queries: int, allowed: Allowed | None) -> bool:
-    """Whether FAISS's own flat search is the faster: for one query that must see many vectors, and each once.
-
-    It is given a selector even of all: without one, it shares a single query among threads, which on a machine that is
-    busy, or limited in its processors, takes several times as long.
-    """
-    return kind_of(index) == "flat" and queries == 1 and (allowed is None or bool(allowed.mean() > 0.02))
 
 
 def sees_all(
@@ -186,7 +172,7 @@ def _walked(index: Any, queries: Queries, k: int, metric: str, allowed: Allowed 
     number, wanted = index.ntotal, k
     parameters: dict[str, Any] = {"efSearch": min(ef, index.ntotal)}
     if allowed is not None:
-        number = int(allowed.sum())
+        number = int(np.count_nonzero(allowed))
         wanted = min(max(k, ef // 2), number)
         parameters = {"efSearch": min(ceil(ef * index.ntotal / number), index.ntotal), "sel": _selector(allowed)}
     scores, rows = index.search(queries, wanted, params=faiss.SearchParametersHNSW(**parameters))
@@ -208,7 +194,7 @@ def _probed(
     parameters: dict[str, Any] = {"nprobe": min(nprobe, index.nlist)}
     lonely = np.zeros(len(queries), bool)
     if allowed is not None:
-        probes = min(ceil(nprobe * index.ntotal / int(allowed.sum())), index.nlist)
+        probes = min(ceil(nprobe * index.ntotal / int(np.count_nonzero(allowed))), index.nlist)
         parameters = {"nprobe": probes, "sel": _selector(allowed)}
         lonely = 2 * _held(index, queries, allowed, probes) < nprobe * index.ntotal / index.nlist
     compressed = kind_of(index) == "ivf-pq" and raw is not None
@@ -246,6 +232,8 @@ def _distances(scores: Float32[np.ndarray, "q k"], metric: str) -> Float32[np.nd
 
 def _filled_up(scores: Float32[np.ndarray, "q c"], rows: Int64[np.ndarray, "q c"], k: int, metric: str) -> Found:
     worst = np.float32(np.inf if metric == "l2" else -np.inf)
-    extra = ((0, 0), (0, k - rows.shape[1]))
     scores = np.where(rows < 0, worst, scores)
+    if rows.shape[1] == k:
+        return scores, rows
+    extra = ((0, 0), (0, k - rows.shape[1]))
     return np.pad(scores, extra, constant_values=worst), np.pad(rows, extra, constant_values=-1)

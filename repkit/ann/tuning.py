@@ -41,6 +41,12 @@ def held_out(count: int, seed: int) -> Int64[np.ndarray, " h"]:
     return np.random.default_rng(seed).permutation(count)[: min(_MOST_HELD_OUT, count // _SHARE)]
 
 
+def distinct(queries: Queries) -> Float32[np.ndarray, "r d"]:
+    """The first of each that is there several times: their neighbours are easily found, and hide what others miss."""
+    first = np.unique(queries, axis=0, return_index=True)[1]
+    return queries[np.sort(first)]
+
+
 def trials(
     vectors: Vectors, queries: Queries, metric: str, allowed: Bool[np.ndarray, " n"] | None
 ) -> tuple[Trial, Trial]:

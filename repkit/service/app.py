@@ -64,7 +64,7 @@ def create_app(settings: Settings, service: Service | None = None) -> FastAPI:
     for router in (search, items, pictures, about):
         app.include_router(router)
     for path, (content, kind) in page.items():
-        app.add_api_route(path, _file(content, kind), include_in_schema=False)
+        app.add_api_route(path, _file(content, kind), methods=["GET", "HEAD"], include_in_schema=False)
     return app
 
 

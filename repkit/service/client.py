@@ -165,7 +165,7 @@ class Client:
     def count(self, where: Where | None = None) -> int:
         """How many items there are, or pass a filter."""
         params = {} if where is None else {"where": json.dumps(where)}
-        return self._ask("GET", "/v1/items/count", params=params)["count"]
+        return self._ask("GET", "/v1/count", params=params)["count"]
 
     def thumbnail(self, id: str, side: int = 256) -> bytes:
         """The picture of an item as PNG or JPEG, its longer side `side` pixels at most."""

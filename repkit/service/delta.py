@@ -3,14 +3,16 @@
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Int64
 
 from repkit.ann import nearest
-from repkit.service.items import Metadata, conformed, table_of, widened
+from repkit.service.items import Effort, Metadata, conformed, table_of, widened
 from repkit.service.rows import Rows
+from repkit.where import mask
 
 _MOST_CHUNKS = 32
 
@@ -86,6 +88,10 @@ class Fresh:
         """The items with exactly these columns."""
         return self.delta.table(len(self), columns)
 
+    def mask(self, where: Mapping[str, Any], columns: Mapping[str, str]) -> Bool[np.ndarray, " n"]:
+        """Which items have what is asked of these columns."""
+        return mask(self.table(columns), where)
+
     def described(self, rows: Int64[np.ndarray, " m"]) -> list[tuple[str, Metadata]]:
         """The id and the metadata of some rows."""
         return [(self.delta.ids[row], self.delta.metadata[row]) for row in rows.tolist()]
@@ -94,12 +100,9 @@ class Fresh:
         self,
         queries: Float32[np.ndarray, "q d"],
         k: int,
-        *,
         metric: str,
-        allowed: Bool[np.ndarray, " n"] | None,
-        exact: bool,
-        ef: int | None,
-        nprobe: int | None,
+        effort: Effort,
+        allowed: Bool[np.ndarray, " n"] | None = None,
     ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
         """Scores and rows of the nearest allowed items."""
         return nearest(self.vectors, queries, k, metric=metric, allowed=allowed)

@@ -22,7 +22,7 @@ from repkit.publishing import PART, sync
 from repkit.service.changes import Inserted, insert_items
 from repkit.service.items import TYPES, check_distinct, check_id, check_metadata, encode_metadata
 from repkit.service.journal import DATABASE, create, finish, sqlite_errors
-from repkit.service.rows import BLOCK
+from repkit.service.rows import BLOCK, ORIGINAL
 from repkit.service.segments import FOLDER, Record, new_name, replace_records, write_segment
 
 Progress = Callable[[int, int], object]
@@ -99,7 +99,7 @@ def _block(take: Take, table: pa.Table, start: int) -> Iterator[Inserted]:
     rows = np.arange(start, min(start + BLOCK, len(table)))
     found = take(rows)
     for row, one in enumerate(table.slice(start, len(rows)).to_pylist()):
-        yield start + row + 1, check_id(one.pop("id")), encode_metadata(one), found[row], None
+        yield start + row + 1, check_id(one.pop("id")), encode_metadata(one), found[row], ORIGINAL
 
 
 def column_types(items: pa.Table) -> dict[str, str]:

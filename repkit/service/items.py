@@ -48,6 +48,18 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Effort:
+    """How thoroughly to search: every vector, or as many as `ef` of a graph and `nprobe` of lists; None: as tuned."""
+
+    exact: bool = False
+    ef: int | None = None
+    nprobe: int | None = None
+
+
+TUNED = Effort()
+
+
+@dataclass(frozen=True)
 class Hit:
     """A found item; score: the cosine or inner product, of which more is nearer, or for "l2" the distance."""
 

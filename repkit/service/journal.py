@@ -35,7 +35,7 @@ CREATE TABLE requests (key TEXT PRIMARY KEY, digest TEXT NOT NULL, version INTEG
 _INDEXES = """
 CREATE UNIQUE INDEX living ON items (id) WHERE died IS NULL;
 CREATE INDEX dead ON items (died, key) WHERE died IS NOT NULL;
-CREATE INDEX pictured ON items (image) WHERE image IS NOT NULL;
+CREATE INDEX pictured ON items (image) WHERE image > 0;
 CREATE INDEX asked ON requests (version);
 """
 _FULL, _IO, _CORRUPT, _NOT_A_DATABASE, _READ_ONLY, _CANNOT_OPEN = 13, 10, 11, 26, 8, 14

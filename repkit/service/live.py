@@ -10,7 +10,7 @@ import numpy as np
 from repkit.service import restoring, rows, snapshots
 from repkit.service.background import Compactor
 from repkit.service.changes import Delete, Update, upsert_of
-from repkit.service.items import Answer, Item, Listed, Stored, check_counts, check_id, check_metadata
+from repkit.service.items import Answer, Effort, Item, Listed, Stored, check_counts, check_id, check_metadata
 from repkit.service.opening import open_live
 from repkit.service.snapshots import Saved
 from repkit.service.store import Store
@@ -101,7 +101,7 @@ class LiveIndex:
         nprobe: int | None = None,
     ) -> Answer:
         """As `Snapshot.search`, in the present state."""
-        return self.snapshot().search(vectors, k, where=where, exact=exact, ef=ef, nprobe=nprobe)
+        return self.snapshot().search(vectors, k, where=where, effort=Effort(exact, ef, nprobe))
 
     def upsert(self, items: Sequence[Item], *, idempotency_key: str | None = None) -> int:
         """Add items, or put them in the place of those of the same ids; all or none. Returns the version.
@@ -137,6 +137,11 @@ class LiveIndex:
         """The picture that came with the item of that id; None where there is none."""
         with self._store.reading() as database:
             return rows.image(database, self._store.path, check_id(id))
+
+    def is_original(self, id: str) -> bool:
+        """Whether the item of that id is one of the built index, and not one that was put in its place."""
+        with self._store.reading() as database:
+            return rows.is_original(database, self._store.path, check_id(id))
 
     def count(self, where: Where | None = None) -> int:
         """How many items there are that `where` allows."""

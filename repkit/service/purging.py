@@ -25,8 +25,7 @@ def remove_dead(database: sqlite3.Connection, low: int, high: int, built: int) -
     query = "SELECT key, image FROM items WHERE died IS NOT NULL AND died <= ? AND key BETWEEN ? AND ? LIMIT ?"
     found = database.execute(query, (built, low, high, _ROWS)).fetchall()
     database.executemany("DELETE FROM items WHERE key = ?", [(key,) for key, _ in found])
-    pictures = {(picture,) for _, picture in found if picture is not None}
-    database.executemany(
-        "DELETE FROM images WHERE key = ? AND NOT EXISTS (SELECT 1 FROM items WHERE items.image = images.key)", pictures
-    )
+    pictures = {(picture,) for _, picture in found if picture}
+    shown = "SELECT 1 FROM items WHERE image = images.key AND image > 0"  # the last part lets SQLite use its index
+    database.executemany(f"DELETE FROM images WHERE key = ? AND NOT EXISTS ({shown})", pictures)
     return len(found) == _ROWS

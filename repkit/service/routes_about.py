@@ -15,12 +15,14 @@ from repkit.service.state import Running, Service, model_name
 router = APIRouter(tags=["service"], responses=ERRORS)
 
 
+@router.head("/livez", include_in_schema=False)  # which some supervisors send
 @router.get("/livez", response_model=dict[str, str])
 async def livez() -> Json:
     """Whether the process answers."""
     return Json({"status": "ok"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", response_model=dict[str, str])
 async def readyz(service: Running) -> Json:
     """Whether to send requests here: not while it ends, and not while changes cannot be stored."""

@@ -58,7 +58,7 @@ async def list_items(
     return Json({"items": rows, "after": rows[-1]["id"] if more else None})
 
 
-@router.get("/items/count", response_model=Count)
+@router.get("/count", response_model=Count)  # below /items it would be the address of an item
 async def count_items(service: Running, where: Annotated[WhereText, Query()] = None) -> Json:
     """How many items there are, or pass a filter."""
     return Json({"count": await service.reads.run(service.live.count, read_json(where, "where"))})

@@ -68,9 +68,10 @@ async def _item_picture(service: Service, id: str) -> bytes:
     """The picture of an item: what was uploaded with it, or the file it was made from."""
 
     def read() -> bytes | None:
-        if service.live.get(id) is None:
-            return None
-        return service.live.image(id) or service.files.read(id)
+        uploaded = service.live.image(id)
+        if uploaded is not None or not service.live.is_original(id):
+            return uploaded
+        return service.files.read(id)
 
     content = await service.reads.run(read)
     if content is None:

@@ -13,6 +13,7 @@ from repkit.service.items import Listed, Metadata, Stored
 from repkit.service.journal import blob_crc, damaged, sqlite_errors, text_crc
 
 BLOCK = 8192
+ORIGINAL = 0  # the `image` of items of the built index; if they have a picture, it is the file they were made from
 HIGHEST = 2**63 - 1
 _COLUMNS = "key, id, metadata, text_crc, born, vector_crc, vector"
 _Row = tuple[int, str, str, int, int, int, bytes]
@@ -68,6 +69,13 @@ def image(database: sqlite3.Connection, path: Path, name: str) -> bytes | None:
     if blob_crc(key, content) != crc:
         raise damaged(path, f"the picture of {name!r} does not fit its checksum")
     return content
+
+
+def is_original(database: sqlite3.Connection, path: Path, name: str) -> bool:
+    """Whether the living item of that id came with the built index; other metadata make no other item of it."""
+    with sqlite_errors(path):
+        found = database.execute("SELECT image FROM items WHERE id = ? AND died IS NULL", (name,)).fetchone()
+    return found == (ORIGINAL,)
 
 
 def listed(database: sqlite3.Connection, path: Path, after: str | None, limit: int) -> list[Listed]:

@@ -5,7 +5,8 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from jaxtyping import Bool, Float32, Int64
 from repkit.ann import search_vectors
 from repkit.indexfiles import ITEMS, RAW, VECTORS, read_raw, read_vectors, write_vectors
 from repkit.publishing import PART, file_sha256, parquet_bytes, publish, sync
-from repkit.service.items import Metadata, conformed
+from repkit.service.items import Effort, Metadata, conformed
+from repkit.where import Masks, mask
 
 FOLDER = "segments"
 
@@ -62,6 +64,17 @@ class Segment:
         """The items with exactly these columns."""
         return conformed(self.items, columns)
 
+    def mask(self, where: Mapping[str, Any], columns: Mapping[str, str]) -> Bool[np.ndarray, " n"]:
+        """Which items have what is asked of these columns; kept for the next time where they have been so all along."""
+        table = self.table(columns)
+        kept = {field.name: field.type for field in self.items.schema}
+        same = all(kept.get(field.name) == field.type for field in table.schema)
+        return self._masks(where) if same else mask(table, where)
+
+    @cached_property
+    def _masks(self) -> Masks:
+        return Masks(self.items)
+
     def described(self, rows: Int64[np.ndarray, " m"]) -> list[tuple[str, Metadata]]:
         """The id and the metadata of some rows."""
         found = self.items.take(pa.array(rows)).to_pylist()
@@ -71,15 +84,12 @@ class Segment:
         self,
         queries: Float32[np.ndarray, "q d"],
         k: int,
-        *,
         metric: str,
-        allowed: Bool[np.ndarray, " n"] | None,
-        exact: bool,
-        ef: int | None,
-        nprobe: int | None,
+        effort: Effort,
+        allowed: Bool[np.ndarray, " n"] | None = None,
     ) -> tuple[Float32[np.ndarray, "q k"], Int64[np.ndarray, "q k"]]:
         """Scores and rows of the nearest allowed items."""
-        options: Any = {"allowed": allowed, "exact": exact, "ef": ef, "nprobe": nprobe, "raw": self.raw}
+        options: Any = {"allowed": allowed, "raw": self.raw, **asdict(effort)}
         return search_vectors(self.vectors, queries, k, metric=metric, **options)
 
 

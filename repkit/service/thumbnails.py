@@ -17,8 +17,9 @@ MAX_FILE_BYTES = 1 << 28
 class Files:
     """The files that an index was made from: what a client writes never decides which one is read.
 
-    The ids and paths are those of the index's own items. root: the folder that they lie in; None is the one they were
-    in when the index was made. A path that leaves the folder, and a symbolic link on the way, is refused.
+    The ids and paths are those of the built index; by now some may be gone, or the ids of other items. root: the folder
+    that the files lie in; None is the one they were in when the index was made. A path that leaves the folder, and a
+    symbolic link on the way, is refused.
     """
 
     def __init__(self, items: Path, root: Path | None) -> None:

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float32, Int64
 
 from repkit.ann import unit
 from repkit.service.delta import Fresh
-from repkit.service.items import Answer, Hit, Listed, Metadata, check_counts, check_vectors
+from repkit.service.items import TUNED, Answer, Effort, Hit, Listed, Metadata, check_counts, check_vectors
 from repkit.service.segments import Segment
-from repkit.where import check_where, mask
+from repkit.where import check_where
 
 Where = Mapping[str, Any]
 Queries = Float32[np.ndarray, "q d"]
@@ -50,7 +50,7 @@ class Part:
         """Which rows live and have what is asked for."""
         if not where:
             return self.alive
-        return self.alive & mask(self.source.table({name: columns[name] for name in where if name != "id"}), where)
+        return self.alive & self.source.mask(where, {name: columns[name] for name in where if name != "id"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +71,8 @@ class Snapshot:
         self,
         vectors: np.ndarray,  # [q d] of numbers, which is checked
         k: int = 10,
-        *,
         where: Where | None = None,
-        exact: bool = False,
-        ef: int | None = None,
-        nprobe: int | None = None,
+        effort: Effort = TUNED,
     ) -> Answer:
         """The k nearest items of each query among those that `where` allows; of equally near ones, the older.
 
@@ -83,12 +80,11 @@ class Snapshot:
         column, operator or value in `where` that does not fit.
         """
         queries = check_vectors(vectors, self.dimension, "queries")
-        check_counts(k=k, ef=ef, nprobe=nprobe)
+        check_counts(k=k, ef=effort.ef, nprobe=effort.nprobe)
         masks = self._masks(where)
         scanned = sum(_count(*one) for one in masks)
-        options = {"exact": exact, "ef": ef, "nprobe": nprobe}
-        found = _nearest(masks, unit(queries) if self.metric == "cosine" else queries, k, self.metric, options)
-        whole = exact or all(part.source.is_exact for part, _ in masks)
+        found = _nearest(masks, unit(queries) if self.metric == "cosine" else queries, k, self.metric, effort)
+        whole = effort.exact or all(part.source.is_exact for part, _ in masks)
         return Answer(_hits(masks, *found), whole, self.version, scanned)
 
     def count(self, where: Where | None = None) -> int:
@@ -159,13 +155,13 @@ def _count(part: Part, allowed: Bool[np.ndarray, " n"]) -> int:
 
 
 def _nearest(
-    masks: Masks, queries: Queries, k: int, metric: str, options: Mapping[str, Any]
+    masks: Masks, queries: Queries, k: int, metric: str, effort: Effort
 ) -> tuple[Float32[np.ndarray, "q c"], Int64[np.ndarray, "q c"]]:
     """Scores and places of the nearest of all parts; places count on from part to part, and -1 is none."""
     scores, places = [np.empty((len(queries), 0), np.float32)], [np.empty((len(queries), 0), np.int64)]
     start = 0
     for part, allowed in masks:
-        found, rows = _search_part(part, allowed, queries, min(k, len(part.source)), {"metric": metric, **options})
+        found, rows = _search_part(part, allowed, queries, min(k, len(part.source)), metric, effort)
         scores.append(found)
         places.append(np.where(rows < 0, -1, rows + start))
         start += len(part.source)
@@ -175,7 +171,7 @@ def _nearest(
 
 
 def _search_part(
-    part: Part, allowed: Bool[np.ndarray, " n"], queries: Queries, k: int, options: Mapping[str, Any]
+    part: Part, allowed: Bool[np.ndarray, " n"], queries: Queries, k: int, metric: str, effort: Effort
 ) -> tuple[Float32[np.ndarray, "q c"], Int64[np.ndarray, "q c"]]:
     """Scores and rows of the nearest; row -1 is none.
 
@@ -184,15 +180,15 @@ def _search_part(
     """
     source = part.source
     if allowed is not part.alive:
-        return source.search(queries, k, allowed=allowed, **options)
+        return source.search(queries, k, metric, effort, allowed)
     if part.living == len(source):
-        return source.search(queries, k, allowed=None, **options)
+        return source.search(queries, k, metric, effort)
     wanted = min(2 * k + _SPARE, len(source))
-    scores, rows = source.search(queries, wanted, allowed=None, **options)
+    scores, rows = source.search(queries, wanted, metric, effort)
     rows = np.where(part.alive[rows], rows, -1)
     short = np.flatnonzero((rows >= 0).sum(1) < min(k, part.living))
     if len(short):
-        scores[short], rows[short] = source.search(queries[short], wanted, allowed=allowed, **options)
+        scores[short], rows[short] = source.search(queries[short], wanted, metric, effort, allowed)
     return scores, rows
 
 

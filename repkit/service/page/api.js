@@ -19,7 +19,8 @@ export function useKey(key) {
 
 /** Ask; returns the Response. Raises Failure, also for 401, which is announced as the event "keyneeded" as well. */
 export async function ask(path, { method = "GET", json, form, signal } = {}) {
-  const headers = hasKey() ? { Authorization: `Bearer ${sessionStorage.getItem(KEY)}` } : {};
+  const key = sessionStorage.getItem(KEY);
+  const headers = key === null ? {} : { Authorization: `Bearer ${key}` };
   if (json !== undefined) headers["Content-Type"] = "application/json";
   const body = json === undefined ? form : JSON.stringify(json);
   let answer;
@@ -30,7 +31,8 @@ export async function ask(path, { method = "GET", json, form, signal } = {}) {
     throw new Failure(0, "no_answer", "The server does not answer.");
   }
   if (answer.ok) return answer;
-  if (answer.status === 401) dispatchEvent(new Event("keyneeded"));
+  const current = key === sessionStorage.getItem(KEY); // an answer to an older key says nothing of this one
+  if (answer.status === 401 && current) dispatchEvent(new Event("keyneeded"));
   throw await failure(answer);
 }
 
@@ -44,7 +46,7 @@ const get = async (path, signal) => (await ask(path, { signal })).json();
 
 export const model = () => get("/v1/model");
 export const columns = async () => (await get("/v1/columns")).columns;
-export const count = async () => (await get("/v1/items/count")).count;
+export const count = async () => (await get("/v1/count")).count;
 /** The metadata of an item; asked for in a body, as an address cannot hold every id. */
 export async function metadata(id) {
   const { items } = await (await ask("/v1/items/get", { method: "POST", json: { ids: [id] } })).json();

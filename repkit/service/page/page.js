@@ -13,6 +13,8 @@ const EXAMPLES = 18;
 const FOLLOW = 10_000; // milliseconds between looks at the count
 
 let model = null; // as /v1/model tells it
+const pictured = () => model?.extractor !== null; // vectors from elsewhere have no pictures
+const matching = () => model?.image_search === null; // a comparison needs the model
 let columns = [];
 let found = { asked: null, hits: [], facts: new Map() }; // facts: of items that are compared, by id
 let search = new AbortController();
@@ -58,11 +60,14 @@ function tellModel() {
   const used = key === null || key in taps ? key : Object.keys(taps).join(" + "); // a fusion's key names none of them
   const size = el("span", { id: "count" }, whole(count));
   const measured = recall === null ? kind : `${kind}, recall ${recall.toFixed(2)}`;
-  const facts = [name ?? "vectors", used, pool, [size, " images"], measured].filter((fact) => fact !== null);
+  const many = [size, pictured() ? " images" : " items"];
+  const facts = [name ?? "vectors", used, pool, many, measured].filter((fact) => fact !== null);
   $("facts").replaceChildren(...facts.flatMap((fact, at) => [at ? "\u00a0· " : "", ...[fact].flat()]));
   $("details").replaceChildren(...details(model).flatMap(([term, text]) => [el("dt", {}, term), el("dd", {}, text)]));
   $("about").hidden = false;
-  if (missing !== null) refuseFiles(`${sentence(missing)} Search from a picture of the index.`);
+  if (missing !== null) {
+    refuseFiles(`${sentence(missing)} Search from ${pictured() ? "a picture" : "an item"} of the index.`);
+  }
 }
 
 /** What else is known of how the index was made. */
@@ -91,7 +96,7 @@ async function followCount() {
 
 /** Show a view: its controls at once, its results when they come. */
 async function show(view, { again = false } = {}) {
-  drawQuery(view, model?.kind === "flat");
+  drawQuery(view, { flat: model?.kind === "flat", pictured: pictured() });
   drawFilters(view.where);
   const asked = JSON.stringify([view.id, view.upload, view.k, view.exact, view.where]);
   if (model && (again || asked !== found.asked)) {
@@ -129,7 +134,8 @@ async function fillHits(view, signal) {
   found.hits = answer.hits;
   results.tellAnswer(answer, `Most like ${view.id ?? file.name}`);
   if (!answer.hits.length) return results.showEmpty(Object.keys(view.where).length > 0);
-  results.showTiles(answer.hits, { metric: model.metric, query: view.id ?? "" });
+  const how = { metric: model.metric, query: view.id ?? "", pictured: pictured(), comparable: matching() };
+  results.showTiles(answer.hits, how);
 }
 
 async function fillExamples(view, signal) {
@@ -138,7 +144,7 @@ async function fillExamples(view, signal) {
   if (signal.aborted) return;
   results.tellExamples(items, filtered);
   if (!items.length) return results.showEmpty(filtered);
-  results.showTiles(items);
+  results.showTiles(items, { pictured: pictured() });
 }
 
 /** Items at random: where a column has few values, from each of them. */
@@ -160,6 +166,7 @@ async function failed(error, view) {
 }
 
 async function showCompare(view) {
+  if (!matching()) return closeCompare();
   const query = await side(view.upload === null ? view.id : null, uploaded(view.upload));
   const other = view.compare === null ? null : await side(view.compare);
   if (!query || !other) return closeCompare();

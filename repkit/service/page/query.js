@@ -33,7 +33,7 @@ function acceptDrops() {
   addEventListener("dragover", (event) => {
     if (!carries(event)) return;
     event.preventDefault(); // or the browser would open the file
-    $("drop").classList.add("over");
+    $("drop").classList.toggle("over", !$("file").disabled);
   });
   addEventListener("dragleave", (event) => event.relatedTarget === null && $("drop").classList.remove("over"));
   addEventListener("drop", (event) => {
@@ -51,17 +51,19 @@ function take(files) {
   go({ id: null, upload: token, compare: null, at: null });
 }
 
-/** Show what is asked for; `flat`: every search is exact anyway. */
-export function drawQuery({ id, upload, k, exact }, flat) {
+/** Show what is asked for; `flat`: every search is exact anyway; `pictured`: items may have pictures. */
+export function drawQuery({ id, upload, k, exact }, { flat, pictured }) {
   const own = uploads.get(upload);
   const some = id !== null || own !== undefined;
-  preview.hidden = $("chosen").hidden = !some;
-  $("drop").classList.toggle("full", some);
-  const shown = id ?? own?.url ?? "";
+  $("chosen").hidden = !some;
+  preview.hidden = !some || !pictured;
+  $("drop").classList.toggle("full", !preview.hidden);
+  const shown = pictured ? (id ?? own?.url ?? "") : "";
   if (preview.dataset.shown !== shown) {
     preview.dataset.shown = shown;
-    if (id !== null) showPicture(preview, id);
-    else showLocal(preview, own?.url ?? null);
+    if (shown === "") showLocal(preview, null);
+    else if (id !== null) showPicture(preview, id);
+    else showLocal(preview, own.url);
   }
   $("chosen-name").textContent = id ?? own?.file.name ?? "";
   $("k").value = k;

@@ -13,38 +13,47 @@ export const SCORES = {
   l2: { name: "distance", share: (score, all) => 1 - score / Math.max(...all, 1e-12) },
 };
 
-/** Show tiles of items [{id, metadata, score?}]; query: its id, "" for an upload, null where there is none. */
-export function showTiles(items, { metric = "cosine", query = null } = {}) {
+/**
+ * Show tiles of items [{id, metadata, score?}], whose ids stand for pictures where they are not `pictured`.
+ * query: its id, "" for an upload, null where there is none; comparable: with each of the items.
+ */
+export function showTiles(items, { metric = "cosine", query = null, pictured = true, comparable = false } = {}) {
   const scores = items.map((item) => item.score).filter((score) => score !== undefined);
   $("grid").removeAttribute("aria-busy");
-  $("grid").replaceChildren(...items.map((item) => tile(item, scores, metric, query)));
+  $("grid").replaceChildren(...items.map((item) => tile(item, { scores, metric, query, pictured, comparable })));
 }
 
-function tile(item, scores, metric, query) {
+function tile(item, { scores, metric, query, pictured, comparable }) {
   const name = label(item.metadata);
   const scored = item.score !== undefined;
   const spoken = [name, item.id, scored ? `${SCORES[metric].name} ${brief(item.score)}` : null].filter(Boolean).join(", ");
-  const image = pictureElement();
   const from = () => go({ id: item.id, upload: null, compare: null });
-  showPicture(image, item.id);
+  const title = name ?? (pictured ? item.id : ""); // else it stands in the picture's place
+  const given = { type: "button", class: "picture", "aria-label": `Search from ${spoken}`, onclick: from };
   return el(
     "li",
     { class: "tile", "data-id": item.id },
-    el("button", { type: "button", class: "picture", "aria-label": `Search from ${spoken}`, onclick: from }, image),
+    el("button", given, pictured ? picture(item.id) : el("bdi", { class: "name", title: item.id }, item.id)),
     el(
       "div",
       { class: "caption" },
-      el("span", { class: name === null ? "id" : "label", title: item.id }, el("bdi", {}, name ?? item.id)),
+      el("span", { class: name === null ? "id" : "label", title: item.id }, el("bdi", {}, title)),
       scored ? el("span", { class: "score" }, brief(item.score)) : null,
     ),
     scored ? bar(SCORES[metric].share(item.score, scores)) : null,
     el(
       "div",
       { class: "under" },
-      el("span", { class: "id", title: item.id }, name === null ? "" : el("bdi", {}, item.id)),
-      query === null ? null : action(item, query),
+      el("span", { class: "id", title: item.id }, name === null || !pictured ? "" : el("bdi", {}, item.id)),
+      query === null ? null : action(item, query, comparable),
     ),
   );
+}
+
+function picture(id) {
+  const image = pictureElement();
+  showPicture(image, id);
+  return image;
 }
 
 function bar(share) {
@@ -53,8 +62,9 @@ function bar(share) {
   return el("div", { class: "bar", "aria-hidden": "true" }, fill);
 }
 
-function action(item, query) {
+function action(item, query, comparable) {
   if (item.id === query) return el("span", { class: "self" }, "query");
+  if (!comparable) return null;
   return el(
     "button",
     {
@@ -106,8 +116,8 @@ export function showEmpty(filtered) {
   clearTiles();
   $("empty").hidden = false;
   const clear = el("button", { type: "button", class: "quiet", onclick: () => go({ where: {} }) }, "Clear the filters");
-  if (filtered) $("empty").replaceChildren("No picture fits these filters. ", clear);
-  else $("empty").replaceChildren("The index is empty. Pictures that are added appear here.");
+  if (filtered) $("empty").replaceChildren("Nothing fits these filters. ", clear);
+  else $("empty").replaceChildren("The index is empty. Items that are added appear here.");
 }
 
 /** A calm line with the server's message and what to do; `retry` is offered where trying again may help. */
@@ -127,12 +137,12 @@ export function hideFailure() {
 }
 
 function advice(status, code, wait) {
-  if (code === "no_model") return "Searching from a picture of the index still works: choose one below.";
+  if (code === "no_model") return "Searching from an item of the index still works: choose one below.";
   if (status === 429 || status === 503) return `Wait ${wait ? plural(wait, "second") : "a moment"} and try again.`;
   const told = {
     0: "Is repkit serve still running?",
     403: "Use a key that may do this.",
-    404: "It may have been deleted; start from another picture.",
+    404: "It may have been deleted; start from another item.",
     413: "Choose a smaller file.",
     415: "Choose another file.",
     422: "Choose another file, or change the filters.",

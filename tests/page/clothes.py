@@ -1,11 +1,11 @@
-"""A service over bundled images as mini-unet sees them, and what its answers should be, by numpy."""
+"""An index of bundled images as mini-unet sees them, and what a service over it should answer, by numpy."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -14,11 +14,22 @@ from PIL import Image
 import repkit
 from repkit.datasets.fashion_mnist import write_folder
 from repkit.service.settings import Settings
-from tests.page_serving import served
 
 EACH = 6  # images of each of ten classes
 WIDE = "bag/wide.png"
 WIDE_SIZE = (1400, 700)  # more than the page asks for
+
+
+@dataclass(frozen=True)
+class Clothes:
+    """The folder of the index, and the store that it was built from."""
+
+    index: Path
+    store: repkit.FeatureStore
+
+    def settings(self, **options: Any) -> Settings:
+        """For a service of it, of which there can be one at a time."""
+        return Settings(index=self.index, decoders=1, **options)
 
 
 @dataclass(frozen=True)
@@ -54,17 +65,15 @@ class Site:
         return Path(self.store.table["path"][self.all_ids.index(name)].as_py())
 
 
-@contextmanager
-def clothes(folder: Path) -> Iterator[Site]:
-    """Serve an index named "clothes"."""
+def build(folder: Path) -> Clothes:
+    """Index the images under the name "clothes"."""
     images = write_folder(folder / "images", "train", EACH)
     colours = np.random.default_rng(0).integers(0, 256, (7, 14, 3), np.uint8)
     Image.fromarray(colours).resize(WIDE_SIZE).save(images / WIDE)
     extract = repkit.DiffusionExtractor(repkit.load("mini-unet"), ["up.0@50"])
     store = repkit.export(images, extract, folder / "features", pool="2x2")
     repkit.Index.build(store).save(folder / "clothes")
-    with served(Settings(index=folder / "clothes")) as origin:
-        yield Site(origin, store)
+    return Clothes(folder / "clothes", store)
 
 
 def view(**parts: object) -> str:

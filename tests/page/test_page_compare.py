@@ -1,6 +1,5 @@
 """The page's compare view in a real browser: points by mouse and keyboard, heat maps, answers in any order."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -8,8 +7,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.page_serving import Opener, chromium, opener, shown_ids
-from tests.page_site import WIDE, WIDE_SIZE, Site, clothes, view
+from tests.page.browsing import Opener, asked, hold, shown_ids, until
+from tests.page.clothes import WIDE, WIDE_SIZE, Site, view
 
 # Read from a copy: a canvas that is read again and again makes Chromium complain.
 HEAT = """canvas => {
@@ -19,25 +18,7 @@ HEAT = """canvas => {
 }"""
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def site(browser: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with clothes(tmp_path_factory.mktemp("site")) as site:
-        yield site
-
-
-@pytest.fixture
-def open_page(browser: object, site: Site) -> Iterator[Opener]:
-    with opener(browser, site.origin) as open_page:
-        yield open_page
-
-
-def asked(site: Site, source: str, target: str, point: tuple[float, float]) -> dict[str, Any]:
+def answer_of(site: Site, source: str, target: str, point: tuple[float, float]) -> dict[str, Any]:
     """The service's answer to the same question, asked without the page."""
     fields = {"source_id": source, "target_id": target, "point": f"{point[0]},{point[1]}"}
     form = {name: (None, text) for name, text in fields.items()}
@@ -79,7 +60,7 @@ def pixels(at: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def check(page: Any, site: Site, source: str, target: str, at: np.ndarray, size: tuple[int, int] = (28, 28)) -> None:
     """What is shown for a point is what the service answers: the cross, the score and the hottest cell."""
-    found = asked(site, source, target, tuple(pixels(at, size)))
+    found = answer_of(site, source, target, tuple(pixels(at, size)))
     place = np.array([found["best"]["place"]["x"], found["best"]["place"]["y"]])
     target_size = found["target"]["width"], found["target"]["height"]
     assert np.allclose(pixels(cross(page, "target"), target_size), place, atol=0.05 * max(target_size) / 28)
@@ -99,13 +80,13 @@ def test_a_click_shows_where_the_point_is_in_the_other_picture(open_page: Opener
     check(page, site, site.ids[0], other, np.array([0.5, 0.5]))
     before = heat(page)
     box = page.locator("#source img").bounding_box()
-    count = sum("/v1/match" in one.url for one in watched.requests)
+    count = len(asked(watched, "/v1/match"))
     page.mouse.click(box["x"] + 0.25 * box["width"], box["y"] + 0.7 * box["height"])
     answered(page, first)
     assert np.allclose(cross(page, "source"), [0.25, 0.7], atol=0.005)
     check(page, site, site.ids[0], other, cross(page, "source"))
     assert (heat(page) != before).any(2).mean() > 0.5
-    assert sum("/v1/match" in one.url for one in watched.requests) == count + 1
+    assert len(asked(watched, "/v1/match")) == count + 1
 
 
 def test_arrow_keys_move_the_cross_and_enter_asks(open_page: Opener, site: Site):
@@ -115,12 +96,12 @@ def test_arrow_keys_move_the_cross_and_enter_asks(open_page: Opener, site: Site)
     page.keyboard.press("Enter")
     first = answered(page)
     assert page.evaluate("document.activeElement.id") == "source"
-    count = sum("/v1/match" in one.url for one in watched.requests)
+    count = len(asked(watched, "/v1/match"))
     for key in ("ArrowLeft", "ArrowLeft", "ArrowUp", "Shift+ArrowDown"):
         page.keyboard.press(key)
     at = np.array([0.5 - 2 / 28, 0.5 + 4 / 28])
     assert np.allclose(cross(page, "source"), at, atol=0.002) and page.inner_text("#answer") == first
-    assert sum("/v1/match" in one.url for one in watched.requests) == count
+    assert len(asked(watched, "/v1/match")) == count
     page.keyboard.press("Enter")
     answered(page, first)
     check(page, site, site.ids[0], other, at)
@@ -164,16 +145,16 @@ def test_the_next_result_takes_the_place_of_this_one(open_page: Opener, site: Si
 def test_only_the_last_of_many_points_is_asked_and_shown(open_page: Opener, site: Site):
     page, watched = open_page(view(id=site.ids[0], compare=site.ids[9]))
     first = answered(page)
-    held: list[Any] = []
-    page.route("**/v1/match", lambda one: one.continue_() if held else held.append(one))
+    held = hold(page, "/v1/match", most=1)
     box = page.locator("#source img").bounding_box()
     for part in (0.1, 0.3, 0.6, 0.85):
         page.mouse.click(box["x"] + part * box["width"], box["y"] + part * box["height"])
-    assert sum("/v1/match" in one.url for one in watched.requests) == 2
+    until(page, lambda: held)
+    assert len(asked(watched, "/v1/match")) == 2
     held[0].continue_()
     page.wait_for_function("() => !document.getElementById('target').hasAttribute('aria-busy')")
     assert page.inner_text("#answer") != first
-    assert sum("/v1/match" in one.url for one in watched.requests) == 3
+    assert len(asked(watched, "/v1/match")) == 3
     check(page, site, site.ids[0], site.ids[9], cross(page, "source"))
     assert np.allclose(cross(page, "source"), 0.85, atol=0.005)
 
@@ -182,10 +163,9 @@ def test_an_answer_for_other_pictures_is_dropped(open_page: Opener, site: Site):
     page, watched = open_page(view(id=site.ids[0]))
     watched.expected.add(0)  # the request for the first picture is given up
     ids = shown_ids(page)
-    held: list[Any] = []
-    page.route("**/v1/match", lambda one: one.continue_() if held else held.append(one))
+    held = hold(page, "/v1/match", most=1)
     page.click(f'.tile[data-id="{ids[1]}"] .compare')
-    page.wait_for_selector("#target[aria-busy]")
+    until(page, lambda: held)
     page.click("#next")
     answered(page)
     check(page, site, ids[0], ids[2], np.array([0.5, 0.5]))
@@ -214,15 +194,18 @@ def test_what_the_model_does_not_see_has_no_heat_and_no_match(open_page: Opener,
     assert first != page.inner_text("#answer")
 
 
-def test_an_upload_can_be_compared(open_page: Opener, site: Site):
+def test_an_upload_can_be_compared_whatever_its_name(open_page: Opener, site: Site):
     page, _ = open_page()
     shown_ids(page)
-    page.set_input_files("#file", site.path(site.ids[30]))
+    name, content = '<img src=x onerror="window.hacked = 1">', site.path(site.ids[30]).read_bytes()
+    page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": content})
     page.wait_for_selector(".score")
     other = shown_ids(page)[3]
     page.click(f'.tile[data-id="{other}"] .compare')
     answered(page)
     check(page, site, site.ids[30], other, np.array([0.5, 0.5]))
+    assert page.inner_text("#source-name") == name and page.inner_text("#target-name") == other
+    assert page.evaluate("window.hacked") is None
 
 
 def test_the_colours_of_the_heat_map_get_lighter_evenly(open_page: Opener):

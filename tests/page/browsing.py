@@ -1,13 +1,12 @@
-"""The service in a thread, and a real browser whose requests and complaints are kept."""
+"""A real browser, whose requests and complaints are kept, and waits for what it shows or asks."""
 
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Thread
+from time import monotonic
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -20,28 +19,6 @@ FLAGS = (
     "--disable-sync",
 )
 PATIENCE = 15_000  # milliseconds that a busy machine may take for what is awaited
-
-
-@contextmanager
-def served(settings: Any) -> Iterator[str]:
-    """The service of `settings` on a free port; yields its address."""
-    import uvicorn
-
-    from repkit.service.app import create_app
-
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_config=None, ws="none"))
-    thread = Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started and thread.is_alive():
-        time.sleep(0.02)
-    assert server.started, "the service did not start"
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join(60)
-        listener.close()
 
 
 @contextmanager
@@ -128,3 +105,53 @@ def shown_ids(page: Any) -> list[str]:
     """The ids of the grid, once there is a grid."""
     page.locator("#grid .tile:not(.waiting)").first.wait_for()
     return page.locator("#grid .tile").evaluate_all("tiles => tiles.map((tile) => tile.dataset.id)")
+
+
+def wait_for_first(page: Any, name: str) -> None:
+    """Wait until an item is the first of the grid, as the query is in its own results."""
+    page.wait_for_function("name => document.querySelector('#grid .tile')?.dataset.id === name", arg=name)
+
+
+def wait_for_tiles(page: Any, count: int) -> None:
+    """Wait until the grid has so many items."""
+    page.wait_for_function(
+        "count => document.querySelectorAll('#grid .tile:not(.waiting)').length === count", arg=count
+    )
+
+
+def wait_for_others(page: Any, before: list[str]) -> None:
+    """Wait until the grid has other items than before, or the same in another order."""
+    page.wait_for_function(
+        """before => {
+          const shown = [...document.querySelectorAll("#grid .tile:not(.waiting)")].map((tile) => tile.dataset.id);
+          return shown.length > 0 && shown.join("\\n") !== before.join("\\n");
+        }""",
+        arg=before,
+    )
+
+
+def until(page: Any, holds: Callable[[], object]) -> None:
+    """Take in what the browser tells of requests until something holds."""
+    end = monotonic() + PATIENCE / 1000
+    while not holds():
+        assert monotonic() < end, "what was awaited did not come"
+        page.evaluate("() => null")  # what it told before the answer to this has been taken in then
+
+
+def asked(watched: Watched, path: str) -> list[Any]:
+    """The requests for a path."""
+    return [one for one in watched.requests if urlsplit(one.url).path == path]
+
+
+def hold(page: Any, path: str, most: int | None = None) -> list[Any]:
+    """The requests for a path from now on, which wait until one goes on with them; `most`: only the first so many."""
+    held: list[Any] = []
+
+    def take(one: Any) -> None:
+        if most is not None and len(held) >= most:
+            one.continue_()
+        else:
+            held.append(one)
+
+    page.route(f"**{path}", take)
+    return held

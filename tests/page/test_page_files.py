@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parent.parent / "repkit" / "service" / "page"
+PAGE = Path(__file__).parents[2] / "repkit" / "service" / "page"
 STYLE = (PAGE / "style.css").read_text()
 TOKENS = {name: pair for name, *pair in re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", STYLE)}
 

@@ -1,33 +1,20 @@
 """The page in a real browser, before a real service over Fashion-MNIST images as mini-unet sees them."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
-from tests.page_serving import Opener, chromium, opener, shown_ids, texts
-from tests.page_site import WIDE, Site, clothes, view
+from tests.page.browsing import Opener, hold, shown_ids, texts, until, wait_for_first, wait_for_others, wait_for_tiles
+from tests.page.clothes import WIDE, Site, view
 
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def site(browser: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with clothes(tmp_path_factory.mktemp("site")) as site:
-        yield site
-
-
-@pytest.fixture
-def open_page(browser: object, site: Site) -> Iterator[Opener]:
-    with opener(browser, site.origin) as open_page:
-        yield open_page
+# The picture's next load, after which the page has heard of it too.
+LOADED = """image => new Promise((done) => {
+  image.addEventListener("load", done, { once: true });
+  image.src = image.src;
+})"""
 
 
 def test_the_first_view_tells_what_made_the_index_and_offers_examples(open_page: Opener):
@@ -40,7 +27,7 @@ def test_the_first_view_tells_what_made_the_index_and_offers_examples(open_page:
     assert "t 50, log-SNR 4.7862" in page.inner_text("#details")
     before = shown_ids(page)
     page.click("#others")
-    page.wait_for_function("before => document.querySelector('.tile')?.dataset.id !== before", arg=before[0])
+    wait_for_others(page, before)
 
 
 def test_an_uploaded_picture_finds_its_like(open_page: Opener, site: Site):
@@ -84,10 +71,10 @@ def test_a_click_on_a_result_searches_from_it_and_back_returns(open_page: Opener
     other = site.nearest(site.ids[0])[4]
     page.focus(f'.tile[data-id="{other}"] .picture')
     page.keyboard.press("Enter")
-    page.wait_for_function("name => document.querySelector('.tile')?.dataset.id === name", arg=other)
+    wait_for_first(page, other)
     assert shown_ids(page) == site.nearest(other)
     page.go_back()
-    page.wait_for_function("name => document.querySelector('.tile')?.dataset.id === name", arg=site.ids[0])
+    wait_for_first(page, site.ids[0])
     page.click("#clear")
     page.wait_for_function("() => document.querySelectorAll('.tile .score').length === 0")
     assert page.evaluate("location.hash") == ""
@@ -96,20 +83,19 @@ def test_a_click_on_a_result_searches_from_it_and_back_returns(open_page: Opener
 def test_filters_are_chips_that_come_off_and_parts_of_the_address(open_page: Opener, site: Site):
     page, _ = open_page(view(id=site.ids[0]))
     shown_ids(page)
-    for label in ("bag", "coat"):
-        with page.expect_response("**/v1/search"):
-            page.click(f'.toggle:has-text("{label}")')
-    page.wait_for_function("() => document.querySelectorAll('.tile').length === 13")
+    for label, count in (("bag", 7), ("coat", 13)):
+        page.click(f'.toggle:has-text("{label}")')
+        wait_for_tiles(page, count)
     assert shown_ids(page) == site.nearest(site.ids[0], allowed=lambda name: name.split("/")[0] in ("bag", "coat"))
     assert texts(page, ".chip") == ["label: bag", "label: coat"]
     assert page.get_attribute('.toggle:has-text("coat")', "aria-pressed") == "true"
     page.click('.chip:has-text("coat")')
-    page.wait_for_function("() => document.querySelectorAll('.tile').length === 7")
+    wait_for_tiles(page, 7)
     assert page.evaluate("new URLSearchParams(location.hash.slice(1)).get('where')") == '{"label":["bag"]}'
     page.goto(page.url.split("#")[0] + view(id=site.ids[0], where={"label": "nothing"}))
     page.wait_for_selector("#empty:not([hidden])")
     page.click("#empty button")
-    assert len(shown_ids(page)) == 20
+    wait_for_tiles(page, 20)
 
 
 def test_a_bookmark_brings_the_whole_view_back(open_page: Opener, site: Site):
@@ -132,13 +118,12 @@ def test_nonsense_in_the_address_is_passed_over(open_page: Opener):
 
 
 def test_tiny_pictures_are_scaled_in_squares_and_large_ones_are_not(open_page: Opener, site: Site):
-    page, _ = open_page(view(id=WIDE))
-    shown_ids(page)
+    page, _ = open_page()
     for name, how in ((WIDE, "auto"), (site.ids[0], "pixelated")):
         page.goto(page.url.split("#")[0] + view(id=name))
+        wait_for_first(page, name)
         image = page.locator(f'.tile[data-id="{name}"] img')
-        image.scroll_into_view_if_needed()
-        page.wait_for_function("image => image.naturalWidth > 0", arg=image.element_handle())
+        image.evaluate(LOADED)
         assert image.evaluate("image => getComputedStyle(image).imageRendering") == how
 
 
@@ -151,17 +136,21 @@ def test_the_count_and_the_filters_follow_changes(open_page: Opener, site: Site)
     picture = {"file": site.path(site.ids[0]).read_bytes()}
     data = {"id": "new one", "metadata": json.dumps({"label": "a new kind"})}
     httpx.post(f"{site.origin}/v1/items/image", data=data, files=picture, timeout=60).raise_for_status()
-    page.focus("#columns button")  # a filter that is in use is not drawn anew
-    page.clock.fast_forward(11_000)
-    page.wait_for_function("() => document.getElementById('count').textContent === '62'")
-    assert page.locator(".toggle", has_text="a new kind").count() == 0
-    page.focus("#k")
-    page.clock.fast_forward(11_000)
-    page.click(".toggle:has-text('a new kind')")
-    page.wait_for_selector(".chip:has-text('a new kind')")
-    page.wait_for_function("() => document.querySelectorAll('#grid .tile').length === 1")
-    assert shown_ids(page) == ["new one"]
-    httpx.post(f"{site.origin}/v1/items/delete", json={"ids": ["new one"]}).raise_for_status()
+    try:
+        page.focus("#columns button")  # a filter that is in use is not drawn anew
+        for _ in range(2):
+            with page.expect_response("**/v1/columns") as answer:
+                page.clock.fast_forward(11_000)
+            answer.value.finished()
+        assert page.inner_text("#count") == "62" and page.locator(".toggle", has_text="a new kind").count() == 0
+        page.focus("#k")
+        page.clock.fast_forward(11_000)
+        page.click(".toggle:has-text('a new kind')")
+        page.wait_for_selector(".chip:has-text('a new kind')")
+        wait_for_tiles(page, 1)
+        assert shown_ids(page) == ["new one"]
+    finally:
+        httpx.post(f"{site.origin}/v1/items/delete", json={"ids": ["new one"]}).raise_for_status()
 
 
 def failing(page, status: int, message: str, code: str = "c", **headers: str) -> None:
@@ -199,11 +188,11 @@ def test_a_failure_says_what_to_do(open_page: Opener, status: int, advice: str):
 def test_skeletons_stand_in_while_an_answer_takes_its_time(open_page: Opener):
     page, _ = open_page()
     shown_ids(page)
-    held: list = []
-    page.route("**/v1/search", lambda one: held.append(one))
+    held = hold(page, "/v1/search")
     page.click("button.picture >> nth=0")
     page.wait_for_selector(".tile.waiting")
     assert page.get_attribute("#grid", "aria-busy") == "true"
+    until(page, lambda: held)
     held[0].continue_()
     page.wait_for_selector(".score")
     assert page.get_attribute("#grid", "aria-busy") is None and page.locator(".waiting").count() == 0
@@ -213,12 +202,11 @@ def test_an_older_search_never_overwrites_a_newer_one(open_page: Opener, site: S
     page, watched = open_page(view(id=site.ids[0]))
     watched.expected.add(0)  # the older request is given up
     shown_ids(page)
-    held: list = []
-    page.route("**/v1/search", lambda one: held.append(one))
+    held = hold(page, "/v1/search")
     page.evaluate("name => (location.hash = `id=${encodeURIComponent(name)}`)", site.ids[8])
     page.wait_for_selector(".waiting")
     page.evaluate("name => (location.hash = `id=${encodeURIComponent(name)}`)", site.ids[20])
-    page.wait_for_timeout(200)
+    until(page, lambda: len(held) == 2)
     held[1].continue_()
     page.wait_for_selector(".score")
     assert shown_ids(page) == site.nearest(site.ids[20])

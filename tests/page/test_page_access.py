@@ -1,12 +1,11 @@
 """The page for every eye and hand: names, focus, landmarks, colour schemes, narrow screens, motion."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.page_serving import Opener, chromium, opener, shown_ids
-from tests.page_site import Site, clothes, view
+from tests.page.browsing import Opener, hold, shown_ids
+from tests.page.clothes import Site, view
 
 SIZES = {"narrow": {"width": 360, "height": 740}, "wide": {"width": 1280, "height": 800}}
 
@@ -25,24 +24,6 @@ FOCUS = """() => {
   const box = one.getBoundingClientRect();
   return [one.id || one.className || one.tagName, Boolean(seen), box.right > 0 && box.bottom > 0];
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def site(browser: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with clothes(tmp_path_factory.mktemp("site")) as site:
-        yield site
-
-
-@pytest.fixture
-def open_page(browser: object, site: Site) -> Iterator[Opener]:
-    with opener(browser, site.origin) as open_page:
-        yield open_page
 
 
 @pytest.fixture(params=["first", "search", "compare"])
@@ -132,7 +113,7 @@ def test_the_colours_follow_the_system_until_a_theme_is_chosen(open_page: Opener
 def test_nothing_moves_for_those_who_ask_for_that(open_page: Opener, site: Site):
     page, _ = open_page("", reduced_motion="reduce")
     shown_ids(page)
-    page.route("**/v1/search", lambda one: None)
+    hold(page, "/v1/search")
     page.click("button.picture >> nth=0")
     page.wait_for_selector(".tile.waiting")
     assert page.evaluate("document.getAnimations().length") == 0
