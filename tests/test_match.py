@@ -316,7 +316,7 @@ def test_dense_writes_a_picture_and_a_flow(repkit, pair, tmp_path):
         (["--point", "5,x"], ["--point 5,x: 'x' is no number"]),
         (["--point", "5,9", "--dense"], ["--dense is about all pixels"]),
         (["--point", "5,9", "--table", "a.txt"], ["ends in .txt"]),
-        (["--weights", "a"], ["--weights 'a' are no numbers"]),
+        (["--weights", "a"], ["--weights a: give numbers"]),
         (["--points", "no.csv"], ["no list of points no.csv"]),
         (["--preset", "no"], ["no preset 'no'"]),
         (["--weights", "0"], ["--weights 0; give 0 or more, and one above 0"]),

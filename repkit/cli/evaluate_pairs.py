@@ -1,6 +1,5 @@
 """Benchmarks of correspondence: points of one image are looked for in another."""
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,24 +10,12 @@ import typer
 from repkit.cli.options import (
     Config,
     Denoiser,
-    Device,
-    Dino,
-    DinoTaps,
-    Draws,
     Json,
     Lora,
-    Offline,
-    PairPolicy,
     Precision,
-    Preset,
-    PresetModel,
-    Prompt,
-    Seed,
-    Size,
-    Taps,
     Vae,
-    Weights,
 )
+from repkit.cli.pairing import building, read_numbers
 from repkit.cli.pck import print_results, tell_left_out
 from repkit.cli.presets import say_parts
 from repkit.cli.printing import print_json, say
@@ -44,18 +31,8 @@ Search = Annotated[
 Pairs = Callable[[str, Sequence[str] | None], "list[Pair]"]
 
 
+@sharing(building, first=True)
 def _options(
-    preset: Preset = None,
-    model: PresetModel = None,
-    taps: Taps = None,
-    dino: Dino = None,
-    dino_taps: DinoTaps = None,
-    size: Size = None,
-    resize: PairPolicy = None,
-    prompt: Prompt = None,
-    draws: Draws = None,
-    weights: Weights = None,
-    seed: Seed = 0,
     categories: Annotated[str | None, typer.Option(help="only these, e.g. cat,dog")] = None,
     most: Annotated[int | None, typer.Option(min=1, help="only the first so many pairs of each category")] = None,
     alphas: Annotated[
@@ -68,16 +45,15 @@ def _options(
     dtype: Annotated[Precision, typer.Option(help="of the stored features")] = "float32",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     retry: Annotated[bool, typer.Option("--retry", help="try images again that failed before")] = False,
-    device: Device = "cpu",
-    precision: Annotated[Precision, typer.Option(help="of the computation")] = "float32",
     revision: Annotated[str | None, typer.Option(help="commit of a hub model")] = None,
-    offline: Offline = False,
     lora: Lora = None,
     denoiser: Denoiser = None,
     vae: Vae = None,
     config: Config = None,
     prompt_cache: Annotated[str | None, typer.Option(help="folder that keeps encoded prompts")] = None,
     as_json: Json = False,
+    *,
+    shared: dict[str, Any],
 ) -> dict[str, Any]:
     return dict(locals())
 
@@ -185,8 +161,7 @@ def _evaluate(
     **rules: Any,
 ) -> None:
     """Read the pairs, build what matches them, and evaluate; given: the shared options."""
-    if given["offline"]:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for timm, which has no such argument; read when the hub is imported
+    built = given["shared"]
     if search is not None and split == "val":
         raise ValueError("--search-weights chooses the weight on val; give --split test, or --weights for val alone")
 
@@ -196,8 +171,8 @@ def _evaluate(
     from repkit.tasks.pair_table import MATCHES
 
     categories = None if given["categories"] is None else [one.strip() for one in given["categories"].split(",")]
-    alphas = tuple(_numbers("--alphas", given["alphas"]))
-    weights = None if search is None else _numbers("--search-weights", search)
+    alphas = tuple(read_numbers("--alphas", given["alphas"]))
+    weights = None if search is None else read_numbers("--search-weights", search)
     pairs = _first(read(split, categories), given["most"])
     say(f"{len(pairs)} pairs of {len({path for pair in pairs for path in (pair.source, pair.target)})} images")
     preset, correspondence = _build(given, pairs)
@@ -206,8 +181,8 @@ def _evaluate(
         **{"protocol": preset.protocol, "alphas": alphas, "dtype": given["dtype"]} | rules,
         remove_position=given["remove_position"],
     )
-    running = Running(given["batch_size"], given["device"], given["retry"], Progress)
-    folder = given["out"] or Path(f"{benchmark}-{given['preset'] or Path(given['model'] or given['dino']).name}")
+    running = Running(given["batch_size"], built["device"], given["retry"], Progress)
+    folder = given["out"] or Path(f"{benchmark}-{built['preset'] or Path(built['model'] or built['dino']).name}")
     told = {"benchmark": benchmark, "split": split or None, "preset": preset.name, "differs": list(preset.differs)}
     told["models"] = [part.extractor.provenance.get("model") for part in correspondence.parts]
     told |= {"most": given["most"], "step": used.step if benchmark == "tss" else None}
@@ -232,9 +207,7 @@ def _build(given: dict[str, Any], pairs: "Sequence[Pair]") -> Any:
     from repkit.tasks.building import read_config, read_lora
     from repkit.tasks.presets import make_correspondence
 
-    names = "preset model taps dino dino_taps size draws prompt seed device revision offline denoiser vae prompt_cache"
-    options = {name: given[name] for name in names.split()} | {"policy": given["resize"], "dtype": given["precision"]}
-    options["weights"] = None if given["weights"] is None else _numbers("--weights", given["weights"])
+    options = given["shared"] | {name: given[name] for name in ("revision", "denoiser", "vae", "prompt_cache")}
     options["lora"] = [read_lora(one) for one in given["lora"] or []]
     options["config"] = read_config(given["config"] or [])
     preset, correspondence = make_correspondence(**options)
@@ -242,13 +215,6 @@ def _build(given: dict[str, Any], pairs: "Sequence[Pair]") -> Any:
     if labelled and all(pair.category is None for pair in pairs):
         say(f"the pairs have no categories, so the network is told nothing instead of {labelled[0]!r}")
     return preset, correspondence
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(one) for one in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text}: give numbers with commas between, such as 0.1,0.05") from None
 
 
 def _first(pairs: "list[Pair]", most: int | None) -> "list[Pair]":

@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from repkit.cli.options import (
     Device,
@@ -24,6 +26,7 @@ from repkit.cli.options import (
 )
 from repkit.cli.presets import say_parts
 from repkit.cli.printing import say
+from repkit.cli.sharing import sharing
 
 if TYPE_CHECKING:
     from repkit.tasks.correspondence import Correspondence
@@ -34,10 +37,6 @@ class Pairing:
     """The shared options as they were given; built: those that `make_correspondence` takes."""
 
     label: str | None
-    seed: int
-    device: str
-    precision: str
-    offline: bool
     as_json: bool
     built: dict[str, Any]
 
@@ -57,13 +56,12 @@ class Pairing:
         return found
 
 
-def pairing(
+def building(
     preset: Preset = None,
     model: PresetModel = None,
     taps: Taps = None,
     dino: Dino = None,
     dino_taps: DinoTaps = None,
-    label: Label = None,
     prompt: Prompt = None,
     size: Size = None,
     resize: PairPolicy = None,
@@ -71,22 +69,27 @@ def pairing(
     weights: Weights = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    precision: Precision = "float32",
+    precision: Annotated[Precision, typer.Option(help="of the computation")] = "float32",
     offline: Offline = False,
-    as_json: Json = False,
-) -> Pairing:
-    """The options, for `sharing`."""
+) -> dict[str, Any]:
+    """The options from which a correspondence is built, as `make_correspondence` takes them."""
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for timm, which has no such argument; read when the hub is imported
     built: dict[str, Any] = {"preset": preset, "model": model, "taps": taps, "dino": dino, "dino_taps": dino_taps}
-    built |= {"size": size, "policy": resize, "prompt": prompt, "draws": draws, "weights": read_weights(weights)}
-    built |= {"seed": seed, "device": device, "dtype": precision, "offline": offline}
-    return Pairing(label, seed, device, precision, offline, as_json, built)
+    built |= {"size": size, "policy": resize, "prompt": prompt, "draws": draws}
+    built["weights"] = None if weights is None else read_numbers("--weights", weights)
+    return built | {"seed": seed, "device": device, "dtype": precision, "offline": offline}
 
 
-def read_weights(text: str | None) -> list[float] | None:
-    """The numbers of --weights; ValueError for what is none."""
+@sharing(building, first=True)
+def pairing(label: Label = None, as_json: Json = False, *, shared: dict[str, Any]) -> Pairing:
+    """The options, for `sharing`."""
+    return Pairing(label, as_json, shared)
+
+
+def read_numbers(option: str, text: str) -> list[float]:
+    """The numbers of an option, with commas between; ValueError for what is none."""
     try:
-        return None if text is None else [float(one) for one in text.split(",")]
+        return [float(one) for one in text.split(",")]
     except ValueError:
-        raise ValueError(f"--weights {text!r} are no numbers; write for example --weights 1,0.5") from None
+        raise ValueError(f"{option} {text}: give numbers with commas between, such as 1,0.5") from None

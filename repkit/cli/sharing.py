@@ -7,18 +7,22 @@ from typing import Any
 SHARED = "shared"
 
 
-def sharing(options: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command, after its own options, those of the function `options`, whose result it gets as `shared`."""
+def sharing(options: Callable[..., Any], *, first: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command, after its own options, those of the function `options`, whose result it gets as `shared`.
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+    first: before its own. What is decorated may be a function of options itself, for others to share.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         theirs = signature(options).parameters
         own = [one for name, one in signature(command).parameters.items() if name != SHARED]
 
-        def run(**given: Any) -> None:
-            shared = options(**{name: given.pop(name) for name in theirs})
-            command(**given, shared=shared)
+        def run(**given: Any) -> Any:
+            shared = options(**{name: given.pop(name) for name in theirs if name in given})
+            return command(**given, shared=shared)
 
-        found = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in (*own, *theirs.values())]
+        every = (*theirs.values(), *own) if first else (*own, *theirs.values())
+        found = [one.replace(kind=Parameter.KEYWORD_ONLY) for one in every]
         run.__signature__ = Signature(found)  # type: ignore[attr-defined]
         run.__annotations__ = {one.name: one.annotation for one in found}
         run.__name__, run.__doc__ = command.__name__, command.__doc__

@@ -61,7 +61,7 @@ def swap(
     if refining is not None:
         backbone, template = refining
         cond = filled(template if refine_prompt is None else refine_prompt, shared.label)
-        how = Refinement(refine, steps, cond, guidance, shared.seed)
+        how = Refinement(refine, steps, cond, guidance, shared.built["seed"])
         picture = refined(picture, swapped.share, backbone, how)
     content = BytesIO()
     picture.save(content, "PNG")
@@ -89,7 +89,8 @@ def _refiner(of: "Correspondence", name: str | None, shared: Pairing) -> "tuple[
     from repkit.zoo import load
 
     if name is not None:
-        return load(name, device=shared.device, dtype=DTYPES[shared.precision], offline=shared.offline), None
+        built = shared.built
+        return load(name, device=built["device"], dtype=DTYPES[built["dtype"]], offline=built["offline"]), None
     for extractor, template in of.extractors.items():
         if isinstance(extractor, DiffusionExtractor):
             return extractor.backbone, template
