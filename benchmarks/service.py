@@ -6,9 +6,12 @@ client waits longer than for a search in its own process; times at 70 % of the l
 times the load; memory. The section `Service` of docs/BENCHMARKS.md. `--count` and `--seconds` make it smaller.
 """
 
+import os
+
+os.environ["GOMP_SPINCOUNT"] = "1000"  # as `repkit serve` has it, since FAISS alone is the faster for it too
+
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys

@@ -143,13 +143,13 @@ def test_tricks_in_an_id_are_only_text(served, http, name):
     assert http.post("/v1/items/get", json={"ids": [name]}).json() == {"items": []}
     check_refused(http.post("/v1/search", json={"id": name}), 404, "not_found")
     check_refused(http.get("/v1/thumbnails", params={"id": name}), 404, "not_found")
-    before = http.get("/v1/items/count").json()["count"]
+    before = http.get("/v1/count").json()["count"]
     http.put("/v1/items", json={"items": [{"id": name, "vector": ONE, "metadata": {name: name}}]})
     assert http.post("/v1/items/get", json={"ids": [name]}).json()["items"][0]["metadata"] == {name: name}
     where = json.dumps({name: name})
     assert http.get("/v1/items", params={"where": where}).json()["items"] == [{"id": name, "metadata": {name: name}}]
     assert http.post("/v1/items/delete", json={"ids": [name]}).json()["deleted"] == 1
-    assert http.get("/v1/items/count").json()["count"] == before
+    assert http.get("/v1/count").json()["count"] == before
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_wrong_parameters_are_told(http):
         "/v1/items?where=" + "[" * 5000,
         '/v1/items?where={"size":NaN}',
         "/v1/items?after=%00",
-        "/v1/items/count?where=[]",
+        "/v1/count?where=[]",
         "/v1/thumbnails",
         "/v1/thumbnails?id=1&side=100000",
     ):
@@ -353,7 +353,7 @@ def test_a_read_key_reads_and_does_not_write(locked):
                 assert answer.status_code not in (401, 403), (method, path)
             else:
                 check_refused(answer, 403, "forbidden")
-        assert http.get("/v1/items/count").json()["count"] == 20
+        assert http.get("/v1/count").json()["count"] == 20
     with asking(url, WRITE) as http:
         assert http.put("/v1/items", json={"items": [{"id": "w", "vector": ONE}]}).status_code == 200
         assert http.delete("/v1/items/w").status_code == 200
@@ -439,4 +439,4 @@ def test_memory_for_bodies_is_bounded(settings):
 
 
 def test_the_index_is_unharmed(http):
-    assert http.get("/v1/items/count").json()["count"] == COUNT
+    assert http.get("/v1/count").json()["count"] == COUNT

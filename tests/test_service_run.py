@@ -131,3 +131,28 @@ def test_what_cannot_be_served_is_one_line(repkit, tmp_path):
 def key_file(folder):
     (folder / "keys").write_text("0123456789abcdef")
     return folder / "keys"
+
+
+def test_requests_on_too_many_connections_are_refused(start, tmp_path):
+    folder = make_index(tmp_path / "index", vectors_of(5))
+    fewer = "    from repkit.service import run\n    run.MOST_CONNECTIONS = 3\n"
+    few = _SERVE.replace("    def ready", f"{fewer}    def ready")
+    process = start("-c", few, folder)
+    url, _ = json.loads(process.stdout.readline())
+    with asking(url) as http:
+        assert http.get("/v1/stats").status_code == 200
+        address = (http.base_url.host, http.base_url.port)
+        held = [socket.create_connection(address, timeout=20) for _ in range(2)]
+        with asking(url) as late:
+            refused = late.post("/v1/search", json={"id": "3", "k": 1})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "busy")
+            assert refused.headers["retry-after"] == "1" and refused.headers["connection"] == "close"
+            assert late.get("/livez").status_code == late.get("/readyz").status_code == 200
+        assert http.post("/v1/search", json={"id": "3", "k": 1}).status_code == 200  # on the connection it has
+        for one in held:
+            one.close()
+        with asking(url) as late:
+            deadline = time.monotonic() + 10
+            while (again := late.get("/v1/stats")).status_code == 429 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert again.status_code == 200

@@ -10,6 +10,7 @@ import typer
 
 from repkit.cli.options import Device, Json, Kind, Metric, Store
 from repkit.cli.printing import print_json, say
+from repkit.cli.threads import wait_briefly
 
 if TYPE_CHECKING:
     from repkit.retrieval import Index
@@ -26,6 +27,7 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Build a search index from stored features."""
+    wait_briefly()
     from repkit.indexfiles import check_replaceable
     from repkit.indexsources import prompts_of_their_own
     from repkit.progress import Progress

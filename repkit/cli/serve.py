@@ -8,6 +8,7 @@ import typer
 
 from repkit.cli.options import Device
 from repkit.cli.printing import say
+from repkit.cli.threads import wait_briefly
 
 
 def serve(
@@ -33,6 +34,7 @@ def serve(
     Keys are asked for as Authorization: Bearer KEY once there is a key file. SIGTERM ends the service when what it
     has begun is done.
     """
+    wait_briefly()
     from repkit.progress import Progress
     from repkit.service.keys import read_keys
     from repkit.service.settings import Settings

@@ -1,11 +1,9 @@
 """Features: one thread runs the index's own extractor over pictures, as many at once as wait."""
 
-import asyncio
 import logging
-import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from jaxtyping import Float32
 from repkit.service.answers import refusal
 from repkit.service.decoder import Picture
 from repkit.service.metrics import Metrics
+from repkit.service.waiting import Line, Waiting
 
 if TYPE_CHECKING:
     from repkit.extractors import Extractor
@@ -34,13 +33,13 @@ class Origin:
     pool: str | None
 
 
-@dataclass(eq=False)
-class _Waiting:
+@dataclass(frozen=True)
+class _Asked:
     picture: Picture
     name: str | None  # of the picture, where its map is wanted and not the pooled vector
-    future: "asyncio.Future[Any]"
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
-    result: Any = None
+
+
+_Waiting = Waiting[_Asked]
 
 
 class FeatureThread:
@@ -54,19 +53,14 @@ class FeatureThread:
         self.missing: str | None = "the model is being loaded"
         self.shape: tuple[int, int] = (0, 0)
         self.policy: Any = "crop"
-        self._origin, self._model, self._device, self._most = origin, model, device, most_waiting
+        self._origin, self._model, self._device = origin, model, device
         self._extractor: Extractor | None = None
         self._maps: OrderedDict[str, FeatureMap] = OrderedDict()
-        self._queue: deque[_Waiting] = deque()
-        self._condition, self._closed = threading.Condition(), False
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="repkit-features", daemon=True)
-        metrics.gauge("repkit_waiting_features", "Pictures that wait for the model.", lambda: len(self._queue))
-
-    def start(self) -> None:
-        """Load the model, in the thread that will use it; returns when that is done or has failed."""
-        self._thread.start()
-        self._ready.wait()
+        self._line: Line[_Asked] = Line(
+            "repkit-features", most_waiting, "pictures", _oldest, self._answer, prepare=self._load
+        )
+        self.start, self.close = self._line.start, self._line.close
+        metrics.gauge("repkit_waiting_features", "Pictures that wait for the model.", lambda: len(self._line))
 
     async def vector(self, picture: Picture) -> Float32[np.ndarray, " d"]:
         """The picture's vector, pooled as those of the index."""
@@ -80,14 +74,6 @@ class FeatureThread:
         """Whether the map of a picture is kept from an earlier call."""
         return name in self._maps
 
-    def close(self) -> None:
-        """Answer what waits, then end the thread."""
-        with self._condition:
-            self._closed = True
-            self._condition.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
-
     def check(self) -> None:
         """Raise the HTTP error that says why there is no extractor, where there is none."""
         if self.missing is not None:
@@ -95,28 +81,7 @@ class FeatureThread:
 
     async def _ask(self, picture: Picture, name: str | None) -> Any:
         self.check()
-        waiting = _Waiting(picture, name, asyncio.get_running_loop().create_future())
-        with self._condition:
-            if self._closed:
-                raise refusal(503, "the service is ending")
-            if len(self._queue) >= self._most:
-                raise refusal(429, f"{len(self._queue)} pictures wait for the model already; try again")
-            self._queue.append(waiting)
-            self._condition.notify()
-        return await waiting.future
-
-    def _run(self) -> None:
-        try:
-            self._load()
-        finally:
-            self._ready.set()
-        while batch := self._take():
-            wanted = [one for one in batch if not one.future.done()]
-            if wanted:
-                self._answer(wanted)
-            for one in wanted:
-                if not one.loop.is_closed():
-                    one.loop.call_soon_threadsafe(_deliver, one)
+        return await self._line.ask(_Asked(picture, name))
 
     def _load(self) -> None:
         if self._origin.identity is None or self._origin.key is None or self._origin.pool is None:
@@ -136,24 +101,19 @@ class FeatureThread:
                 "no search by picture: the model of the index could not be loaded; the service's log says why"
             )
 
-    def _take(self) -> list[_Waiting]:
-        with self._condition:
-            while not self._queue and not self._closed:
-                self._condition.wait()
-            return [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
-
     def _answer(self, batch: Sequence[_Waiting]) -> None:
+        wanted = [one for one in batch if not one.future.done()]
         try:
-            self._extract([one for one in batch if not self._cached(one)])
+            self._extract([one for one in wanted if not self._cached(one)])
         except Exception as error:
-            for one in batch:
+            for one in wanted:
                 one.result = error if one.result is None else one.result
 
     def _cached(self, one: _Waiting) -> bool:
-        if one.name is None or one.name not in self._maps:
+        if one.asked.name is None or one.asked.name not in self._maps:
             return False
-        self._maps.move_to_end(one.name)
-        one.result = self._maps[one.name]
+        self._maps.move_to_end(one.asked.name)
+        one.result = self._maps[one.asked.name]
         return True
 
     def _extract(self, batch: Sequence[_Waiting]) -> None:
@@ -164,16 +124,16 @@ class FeatureThread:
 
         key, how = self._origin.key, self._origin.pool
         assert self._extractor is not None and key is not None and how is not None
-        features, mask = _forward(self._extractor, [one.picture for one in batch])
+        features, mask = _forward(self._extractor, [one.asked.picture for one in batch])
         maps = features[key].float()
         vectors = pool(maps, how, mask).cpu().numpy()
         for row, one in enumerate(batch):
             if not all_finite(maps[row]) or not np.isfinite(vectors[row]).all():
                 one.result = refusal(422, "the picture's features are not finite", "no_picture")
-            elif one.name is None:
+            elif one.asked.name is None:
                 one.result = vectors[row]
             else:
-                one.result = self._keep(one.name, maps[row], None if mask is None else mask[row])
+                one.result = self._keep(one.asked.name, maps[row], None if mask is None else mask[row])
 
     def _keep(self, name: str, values: Any, mask: Any) -> "FeatureMap":
         from repkit.matching.featuremap import FeatureMap
@@ -185,13 +145,8 @@ class FeatureThread:
         return found
 
 
-def _deliver(one: _Waiting) -> None:
-    if one.future.done():
-        return
-    if isinstance(one.result, Exception):
-        one.future.set_exception(one.result)
-    else:
-        one.future.set_result(one.result)
+def _oldest(waiting: deque[_Waiting]) -> list[_Waiting]:
+    return [waiting.popleft() for _ in range(min(BATCH, len(waiting)))]
 
 
 def _forward(extractor: "Extractor", pictures: Sequence[Picture]) -> tuple[Mapping[str, Any], Any]:

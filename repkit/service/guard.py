@@ -7,11 +7,10 @@ from urllib.parse import urlsplit
 from fastapi import HTTPException
 
 from repkit.service.answers import code_of, refusal, refused
-from repkit.service.limits import App, Receive, Scope, Send, header
+from repkit.service.limits import OPEN, App, Receive, Scope, Send, header
 from repkit.service.metrics import Metrics
 from repkit.service.settings import Settings, is_loopback
 
-OPEN = ("/livez", "/readyz")  # without a key, as the page's files are
 READS = ("/v1/search", "/v1/search/batch", "/v1/search/image", "/v1/match", "/v1/items/get")  # by POST
 _PAGE = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -32,6 +31,7 @@ class Guard:
 
     def __init__(self, app: App, settings: Settings, metrics: Metrics, page: frozenset[str]) -> None:
         self.app, self.settings, self.metrics, self.page = app, settings, metrics, page
+        self.local = not settings.keys and is_loopback(settings.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand on a request that may pass, and measure it; refuse another."""
@@ -61,7 +61,7 @@ class Guard:
             self.metrics.seconds.labels(route, method, str(status)).observe(perf_counter() - start)
 
     def _check(self, scope: Scope) -> None:
-        if not self.settings.keys and is_loopback(self.settings.host):
+        if self.local:
             _check_host(scope)
         _check_origin(scope)
         path, method = scope["path"], scope["method"]

@@ -15,6 +15,8 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+OPEN = ("/livez", "/readyz")  # to everybody at any time
+CROWDED = "repkit.crowded"  # in the state of requests on a connection that is one too many
 DEADLINE = b"x-timeout-ms"
 MOST_JSON = 8_000_000  # bytes
 BODIES = 8  # the memory for bodies, in bodies of the largest size
@@ -40,7 +42,7 @@ class Limits:
         try:
             deadline = monotonic() + self._seconds(scope)
             scope.setdefault("state", {})["deadline"] = deadline
-            self._check_free()
+            self._check_free(scope)
             if not await self._read(scope, receive, body):
                 return  # the client has gone
             async with asyncio.timeout(max(0.0, deadline - monotonic())):
@@ -53,7 +55,11 @@ class Limits:
             self.running -= 1
             self.held -= body.size
 
-    def _check_free(self) -> None:
+    def _check_free(self, scope: Scope) -> None:
+        if scope["path"] in OPEN:  # whoever watches the service is told how it is at any time
+            return
+        if CROWDED in scope["state"]:
+            raise refusal(429, "too many connections at once; try again", Connection="close")
         if self.running > 4 * self.settings.most_waiting:
             raise refusal(429, "too many requests at once; try again")
 

@@ -1,6 +1,7 @@
 """Run: the service on a socket, until it is told to end; then it finishes what it has begun."""
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -13,12 +14,14 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from repkit.service.app import create_app
+from repkit.service.limits import CROWDED
 from repkit.service.metrics import Metrics
 from repkit.service.settings import Settings
 from repkit.service.state import Service
 
 HEADER_SECONDS = 10.0  # for the headers of a request, from the connection or the answer before
-MOST_CONNECTIONS = 512
+MOST_CONNECTIONS = 512  # on those beyond, every request is refused
+MOST_REFUSED = 256  # connections; those beyond these are hung up on
 
 
 class _Patient(H11Protocol):
@@ -26,6 +29,11 @@ class _Patient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        beyond = len(self.connections) - MOST_CONNECTIONS
+        if beyond > MOST_REFUSED:
+            transport.abort()
+        elif beyond > 0:
+            self.app_state = {**self.app_state, CROWDED: True}
         self._waits: asyncio.TimerHandle | None = None
         self._wait()
 
@@ -70,7 +78,6 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
             timeout_keep_alive=int(HEADER_SECONDS),
             timeout_graceful_shutdown=int(settings.grace),
         )
@@ -112,7 +119,10 @@ def serve(settings: Settings, ready: Callable[[str], None], progress: Any = None
         logging.getLogger(name).setLevel(logging.ERROR)  # what strangers send is no news
     with listening(settings.host, settings.port) as taken:
         service = Service.open(settings, Metrics(), progress)
-        Server(create_app(settings, service), settings, ready).run(sockets=[taken])
+        server = Server(create_app(settings, service), settings, ready)
+        gc.collect()
+        gc.freeze()  # what is there by now stays: to look through it for garbage took a third of a request's time
+        server.run(sockets=[taken])
 
 
 def listening(host: str, port: int) -> socket.socket:
