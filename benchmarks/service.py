@@ -30,7 +30,7 @@ import httpx
 import numpy as np
 from jaxtyping import Float32
 from load import Address, Load, as_bytes, closed_loop, open_loop
-from measuring import PAGE, Spread, machine, spread, table, write_section
+from measuring import PAGE, machine, ratio, spread, table, write_section
 from search_vectors import DIMENSION, real_vectors
 from threadpoolctl import threadpool_limits
 
@@ -39,7 +39,7 @@ from repkit.service.calibration import cores
 from repkit.service.live import LiveIndex
 
 K, SMALL = 10, 20_000
-CLIENTS, BATCHES = 64, (16, 64, 256)
+CLIENTS, BATCHES = (64, 128, 256), (16, 64, 256)
 CACHE = Path.home() / ".cache" / "repkit-benchmarks"
 
 Vectors = Float32[np.ndarray, "n d"]
@@ -140,31 +140,24 @@ def saturated(
     served: Served, bare: Any, queries: Vectors, options: argparse.Namespace
 ) -> tuple[float, list[tuple[str, str]]]:
     """Searches a second of many clients; and these beside bare FAISS and batches over HTTP, in turns."""
-    found: dict[str, list[float]] = {"bare": [], "clients": [], "batches": []}
+    found: dict[str, list[float]] = {"bare": [], **{f"{number} clients": [] for number in CLIENTS}, "batches": []}
     threads, batch = best_setting(bare, queries)
     for _ in range(options.rounds):
         found["bare"].append(raw_rate(bare, queries, threads, batch, options.seconds))
-        found["clients"].append(closed_loop(served.address, searches(queries), CLIENTS, options.seconds).rate)
+        for number in CLIENTS:
+            load = closed_loop(served.address, searches(queries), number, options.seconds)
+            found[f"{number} clients"].append(load.rate)
         load = closed_loop(served.address, batches(queries, 64), 4, options.seconds)
         found["batches"].append(64 * load.rate)
         print({name: round(values[-1], 1) for name, values in found.items()}, flush=True)
-    rates = {name: spread(values) for name, values in found.items()}
-    over = {name: _over(found[name], found["bare"]) for name in ("clients", "batches")}
-    return rates["clients"].median, [
-        (f"FAISS alone, batches of {batch}, {threads} thread(s), queries/s", _of(rates["bare"])),
-        (f"service, {CLIENTS} clients, searches/s", _of(rates["clients"])),
-        ("of FAISS alone", f"{over['clients']:.2f}"),
-        ("service, 4 clients with batches of 64, queries/s", _of(rates["batches"])),
-        ("of FAISS alone", f"{over['batches']:.2f}"),
-    ]
-
-
-def _over(values: Sequence[float], by: Sequence[float]) -> Spread:
-    return spread([one / other for one, other in zip(values, by, strict=True)])
-
-
-def _of(rate: Spread) -> str:
-    return f"{rate:.0f}"
+    rates = {name: spread(values).median for name, values in found.items()}
+    told = {f"{number} clients": f"{number} clients, searches/s" for number in CLIENTS}
+    told["batches"] = "4 clients with batches of 64, queries/s"
+    rows = [(f"FAISS alone, batches of {batch}, {threads} thread(s), queries/s", f"{rates['bare']:.0f}")]
+    for name, what in told.items():
+        over = ratio(found[name], found["bare"])
+        rows += [(f"service, {what}", f"{rates[name]:.0f}"), ("of FAISS alone", f"{over:.2f}")]
+    return max(rates[f"{number} clients"] for number in CLIENTS), rows
 
 
 def best_setting(bare: Any, queries: Vectors) -> tuple[int, int]:

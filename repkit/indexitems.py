@@ -30,11 +30,13 @@ def table_of(
     text = pa.string()
     try:
         columns = [pa.array(names, text), pa.nulls(count, text), pa.array(classes, text)]
-        known = metadata if isinstance(metadata, pa.Table) else pa.table(dict(metadata or {}))
+        known = metadata if isinstance(metadata, pa.Table) else pa.table({} if metadata is None else dict(metadata))
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise ValueError(f"ids and labels are texts, and metadata columns of one type each: {error}") from error
     if known.num_columns and len(known) != count:
         raise ValueError(f"{len(known)} rows of metadata for {count} vectors; give one for each")
+    if len(set(known.column_names)) < known.num_columns:
+        raise ValueError(f"metadata has columns of one name: {', '.join(known.column_names)}; rename one")
     table = pa.table(columns, names=["id", "path", "label"])
     for name in known.column_names:
         table = _with(table, name, known[name], given=labels is not None)
@@ -75,6 +77,8 @@ def joined(items: pa.Table, more: pa.Table) -> pa.Table:
 
 def rows_of(items: pa.Table, ids: Sequence[str]) -> Int64[np.ndarray, " m"]:
     """The rows of some ids; ValueError naming one that is not there."""
+    if isinstance(ids, str):  # whose letters would be ids
+        raise ValueError(f"give a list of ids, such as [{ids!r}]")
     found = pc.index_in(pa.array(list(ids), pa.string()), value_set=items["id"].combine_chunks())
     if found.null_count:
         missing = next(name for name, row in zip(ids, found.to_pylist(), strict=True) if row is None)

@@ -146,8 +146,7 @@ class Index:
         vectors = self._asked(queries)
         if vectors.shape[1] != self.dimension:
             raise ValueError(f"queries have {vectors.shape[1]} dimensions and the index has {self.dimension}")
-        if k < 1:
-            raise ValueError(f"k={k}; give at least 1")
+        _check_count("k", k)
         self.check_effort(ef, nprobe)
         allowed = None if where is None else self._allowed(where)
         number = len(self) if allowed is None else int(np.count_nonzero(allowed))
@@ -248,7 +247,12 @@ class Index:
     def check_effort(self, ef: int | None = None, nprobe: int | None = None) -> None:
         """Raise ValueError for what the kind does not have, or below 1."""
         for name, value in (("ef", ef), ("nprobe", nprobe)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}; give at least 1")
+            if value is not None:
+                _check_count(name, value)
             if value is not None and self.kind not in _EFFORT[name]:
                 raise ValueError(f"{name}={value} is for {' and '.join(_EFFORT[name])}; this index is {self.kind}")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"{name}={value!r}; give at least 1, and a whole number")

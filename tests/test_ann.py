@@ -94,6 +94,24 @@ def test_of_very_many_equally_near_vectors_one_query_finds_the_lower_rows(rng, m
         assert (rows == expected).all()
 
 
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("share", [None, 0.8, 0.3])
+def test_of_very_many_equally_near_vectors_a_batch_finds_what_one_query_does(rng, metric, share):
+    vectors = unit(rng.normal(size=(60, 12)).astype(np.float32))[rng.integers(0, 60, 9000)]
+    allowed = None if share is None else rng.random(len(vectors)) < share
+    index = build_vectors(vectors, "flat", metric).vectors
+    for found in (
+        search_vectors(index, vectors[:9], 20, metric=metric, allowed=allowed),
+        nearest(vectors, vectors[:9], 20, metric=metric, allowed=allowed),
+    ):
+        for query, (scores, rows) in enumerate(zip(*found, strict=True)):
+            same = (vectors == vectors[query]).all(1) & (True if allowed is None else allowed)
+            assert (rows == np.flatnonzero(same)[:20]).all()
+            one = search_vectors(index, vectors[query : query + 1], 20, metric=metric, allowed=allowed)
+            assert (one[0] == scores).all() and (one[1] == rows).all()
+
+
 def test_one_query_whose_neighbours_are_not_allowed(rng):
     vectors, asked = rng.normal(size=(20_000, 8)).astype(np.float32), rng.normal(size=(1, 8)).astype(np.float32)
     allowed = np.ones(20_000, bool)
@@ -122,6 +140,16 @@ def test_what_overflows_does_not_hide_the_others():
     for queries in (asked, asked[:1]):
         rows = nearest(vectors, queries, 4, metric="l2")[1]
         assert (rows == [0, 1, 3, -1]).all()
+
+
+@pytest.mark.parametrize("share", [None, 0.8, 0.3])
+def test_many_products_that_overflow_do_not_hide_the_others(rng, share):
+    vectors = rng.choice(np.float32([3e38, -3e38, 1, 2]), (400, 1))
+    allowed = np.ones(400, bool) if share is None else rng.random(400) < share
+    expected = [row for value in (2, 1) for row in np.flatnonzero((vectors[:, 0] == value) & allowed)]
+    asked = np.float32([[2]])
+    rows = nearest(vectors, asked, 150, metric="ip", allowed=None if share is None else allowed)[1][0]
+    assert (rows[rows >= 0] == expected[:150]).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

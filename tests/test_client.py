@@ -1,5 +1,9 @@
 """The client: what it gives is what the service answers, and errors are Python's own."""
 
+from datetime import date
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
+
 import numpy as np
 import pytest
 
@@ -77,9 +81,43 @@ def test_errors_are_those_of_python(client, url, vectors):
         client.search_image(b"x")
     with pytest.raises(LookupError, match="picture"):
         client.thumbnail("1")
+    for ids in (client.get, client.delete):
+        with pytest.raises(ValueError, match=r"give a list of ids, such as \['12'\]"):
+            ids("12")
+    with pytest.raises(ValueError, match="is a date"):
+        client.upsert([Item("new", vectors[0], {"day": date(2020, 2, 2)})])
+    for key in ("schlüssel-0123456789", f"{KEY}\n"):
+        with pytest.raises(ValueError, match="the key has a line break or a letter beyond ASCII") as told:
+            Client(url, key=key)
+        assert KEY not in str(told.value)
     with Client(url) as stranger, pytest.raises(PermissionError, match="Bearer"):
         stranger.count()
     with Client("http://127.0.0.1:9", timeout=1) as lost:
         assert not lost.ready()
         with pytest.raises(ConnectionError, match="127.0.0.1:9"):
             lost.count()
+
+
+def test_numbers_of_numpy_are_numbers(client, vectors):
+    client.upsert([Item("numpy", vectors[0], {"size": np.int64(77), "label": np.str_("one")})])
+    assert dict(client.list({"size": np.int64(77)})) == {"numpy": {"size": 77, "label": "one"}}
+    assert client.count({"size": {"gte": np.float32(77)}}) == client.delete(["numpy"]) == 1
+
+
+def test_another_service_is_told():
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        Thread(target=server.handle_request, daemon=True).start()
+        with (
+            Client(f"http://127.0.0.1:{server.server_address[1]}") as client,
+            pytest.raises(ConnectionError, match="is no repkit service"),
+        ):
+            client.count()

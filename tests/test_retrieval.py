@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,7 +16,7 @@ from repkit.extractors import DiffusionExtractor
 from repkit.features import Features
 from repkit.images import Resize, to_uint8
 from repkit.indexfiles import ITEMS, MANIFEST, VECTORS
-from repkit.retrieval import Index
+from repkit.retrieval import Index, _check_count
 from tests.oracles import class_means, gaussian_backbone, gaussian_images
 from tests.vectors import brute_force
 
@@ -121,6 +122,7 @@ def test_vectors_too_large_for_a_distance_are_told(queries):
         (np.ones((2, 2)), {"labels": ["a"]}, "1 labels for 2 vectors"),
         (np.ones((2, 2)), {"metadata": {"x": [1]}}, "1 rows of metadata for 2 vectors"),
         (np.ones((2, 2)), {"metadata": {"x": [1, "a"]}}, "metadata columns of one type"),
+        (np.ones((2, 2)), {"metadata": pa.table([[1, 2], [3, 4]], names=["x", "x"])}, "columns of one name: x, x"),
         (np.ones((2, 2)), {"metadata": {"id": ["a", "b"]}}, "metadata has a column 'id'; give ids="),
         (np.ones((2, 2)), {"metadata": {"label": [1, 2]}, "labels": ["a", "b"]}, "a column 'label'; give labels="),
     ],
@@ -128,6 +130,15 @@ def test_vectors_too_large_for_a_distance_are_told(queries):
 def test_what_cannot_be_indexed_is_told(array, options, message):
     with pytest.raises(ValueError, match=message):
         Index.build(array, **options)
+
+
+def test_metadata_may_be_any_mapping_of_columns(vectors):
+    class Frame(dict):
+        def __bool__(self):  # as that of pandas
+            raise ValueError("the truth value is ambiguous")
+
+    index = Index.build(vectors[:3], metadata=Frame(width=[1, 2, 3]))
+    assert index.search(vectors[:1], where={"width": {"gt": 1}}).rows.shape == (1, 2)
 
 
 def test_what_cannot_be_searched_is_told(vectors):
@@ -142,6 +153,9 @@ def test_what_cannot_be_searched_is_told(vectors):
     ]:
         with pytest.raises(ValueError, match=message):
             index.search(queries, k)
+    for count in (1.5, "3", True, np.float32(2)):  # which without the tests' checks of types come so far
+        with pytest.raises(ValueError, match="give at least 1, and a whole number"):
+            _check_count("k", count)
 
 
 def test_a_store_is_searched_with_features(store, photos):

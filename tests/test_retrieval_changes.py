@@ -139,6 +139,8 @@ def test_a_change_that_fails_changes_nothing(images, tmp_path):
             index.add(**options)
     with pytest.raises(ValueError, match="no item 'i60' in the index, which has 60"):
         index.remove(["i0", "i60"])
+    with pytest.raises(ValueError, match=r"give a list of ids, such as \['i0'\]"):
+        index.remove("i0")
     assert len(index) == len(index.items) == 60 and index.search(vectors, 1).rows[:, 0].tolist() == list(range(60))
     index.save(tmp_path)
     mapped = Index.load(tmp_path, mmap=True)

@@ -95,3 +95,35 @@ def test_clients_that_go_away_leave_nothing_behind():
 
         asyncio.run(clients())
     assert sizes[-3:] == [1] * 3 and sum(sizes) <= 8 + 3
+
+
+def test_a_loop_that_was_closed_does_not_end_the_thread():
+    sizes: list[int] = []
+    with searching(sizes) as ask:
+        loop = asyncio.new_event_loop()
+        left = loop.create_task(asking(ask, 1, 1))
+        loop.run_until_complete(asyncio.sleep(SEARCH / 4))  # it is asked, and not answered yet
+        left.cancel()
+        loop.run_until_complete(asyncio.gather(left, return_exceptions=True))
+        loop.close()
+        asyncio.run(asyncio.wait_for(asking(ask, 5, 3), 20))
+    assert sizes[-3:] == [1] * 3
+
+
+def test_whatever_fails_is_an_error_for_those_who_asked_and_no_others():
+    def cut(answer: np.ndarray, first: int, end: int) -> np.ndarray:
+        if not answer[first].any():
+            raise LookupError("no zeros")
+        return answer[first:end]
+
+    batcher = Batcher(lambda vectors, options: vectors, cut, lambda one, other: None, Metrics(), most_waiting=4)
+    batcher.start()
+
+    async def clients() -> None:
+        for number, fails in ((0, True), (1, False)):
+            asked = batcher.search(np.full((1, 1), number, np.float32), Options(10), time.monotonic() + 60)
+            found = await asyncio.wait_for(asyncio.gather(asked, return_exceptions=True), 20)
+            assert isinstance(found[0], LookupError) == fails
+
+    asyncio.run(clients())
+    batcher.close()

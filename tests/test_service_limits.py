@@ -173,6 +173,29 @@ def test_a_wrong_item_changes_nothing(http, item):
     assert http.post("/v1/items/get", json={"ids": ["good", "a"]}).json() == {"items": []}
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"where": {"label": [["x"]]}}, "where.label: give text, a number, true or false, a list or operators with"),
+        ({"where": {"size": {"gte": {"a": 1}}}}, "where.size: give text, a number, true or false, a list or"),
+        ({"where": {"size": ["x"] * 1001}}, "where.size: List should have at most 1000 items"),
+        ({"where": {"label": "x" * 5000}}, "where.label: String should have at most 4096 characters"),
+    ],
+)
+def test_a_wrong_filter_is_told_in_one_line(http, asked, message):
+    told = http.post("/v1/search", json={"vector": ONE, **asked}).json()["error"]["message"]
+    assert told.startswith(f"body.{message}") and ";" not in told and len(told) < 120
+    told = http.get("/v1/count", params={"where": json.dumps(asked["where"])}).json()["error"]["message"]
+    assert told.startswith(message)
+
+
+def test_wrong_metadata_are_told_in_one_line(http):
+    for value in ({"a": 1}, [1]):
+        item = {"id": "x", "vector": ONE, "metadata": {"size": value}}
+        told = http.put("/v1/items", json={"items": [item]}).json()["error"]["message"]
+        assert told == "body.items.0.metadata.size: give text, a number, true or false"
+
+
 def test_wrong_parameters_are_told(http):
     for path in (
         "/v1/items?limit=0",
@@ -241,6 +264,21 @@ def test_slow_headers_are_given_up(http, monkeypatch):
     assert exchange(str(http.base_url), b"GET /livez HT") == b""
     assert exchange(str(http.base_url), b"") == b""
     assert time.perf_counter() - begun < 5
+
+
+def test_a_client_that_does_not_read_its_answers_is_hung_up_on(served, http, monkeypatch):
+    monkeypatch.setattr(run, "ANSWER_SECONDS", 0.3)
+    body = json.dumps({"id": "1", "k": COUNT, "include_vectors": True}).encode()
+    asked = head("POST", "/v1/search", {"Content-Length": str(len(body)), **JSON}) + body
+    with closing(socket.socket()) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(10)
+        connection.connect((http.base_url.host, http.base_url.port))
+        connection.sendall(200 * asked)  # more than the buffers between both take
+        with pytest.raises(ConnectionError):
+            while connection.send(b"\r\n"):
+                time.sleep(0.01)
+    assert http.get("/livez").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def test_a_service_with_a_model_imports_no_training(start, tmp_path):
     assert "torch" in modules
     tops = {name.split(".")[0] for name in modules}
     assert not tops & {"lightning", "pytorch_lightning", "lightning_fabric"} and "repkit.recipes" not in modules
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0 and process.stderr.read() == ""  # no library complains of what was not freed
 
 
 def head(length):

@@ -40,9 +40,45 @@ def nearest(
     than k, and where float32 overflows, -inf (for "l2" inf) and row -1. A score is the same in any batch of queries.
     """
     if len(queries) == 1:
-        rows = candidates(vectors, queries, k, SPARE, metric=metric, allowed=allowed)
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is never chosen
+            rows = candidates(vectors, queries, k, SPARE, metric=metric, allowed=allowed)
             return rescored(vectors.__getitem__, queries, rows, k, metric=metric)
+    found = by_products(vectors, queries, k + SPARE, metric=metric, allowed=allowed)
+    return with_lower_rows(found, vectors, queries, k, metric=metric, allowed=allowed)
+
+
+def with_lower_rows(
+    found: tuple[Float32[np.ndarray, "q c"], Int64[np.ndarray, "q c"]],
+    vectors: Vectors,
+    queries: Float32[np.ndarray, "q d"],
+    k: int,
+    *,
+    metric: str,
+    allowed: Bool[np.ndarray, " n"] | None = None,
+) -> Found:
+    """The k best of those that products found with some spare ones, and of equally near ones, the lower rows.
+
+    Where even the last of the spare ones is as near as the k-th, there may be lower rows that are too: such a query is
+    asked again, alone.
+    """
+    scores, rows = found
+    tied = np.flatnonzero((rows[:, -1] >= 0) & (scores[:, k - 1] == scores[:, -1]))
+    scores, rows = scores[:, :k], rows[:, :k]
+    for query in tied if len(vectors) > found[1].shape[1] else ():
+        one = slice(query, query + 1)
+        scores[one], rows[one] = nearest(vectors, queries[one], k, metric=metric, allowed=allowed)
+    return scores, rows
+
+
+def by_products(
+    vectors: Vectors,
+    queries: Float32[np.ndarray, "q d"],
+    k: int,
+    *,
+    metric: str,
+    allowed: Bool[np.ndarray, " n"] | None = None,
+) -> Found:
+    """As `nearest`, but of very many equally near vectors, any."""
     if allowed is not None and np.count_nonzero(allowed) < _FETCHED * len(vectors):
         return nearest_rows(vectors.__getitem__, np.flatnonzero(allowed), queries, k, metric=metric)
     blocks = _slices(vectors, allowed, _rows_a_block(queries))
@@ -52,7 +88,7 @@ def nearest(
 def nearest_rows(
     take: Take, rows: Int64[np.ndarray, " m"], queries: Float32[np.ndarray, "q d"], k: int, *, metric: str
 ) -> Found:
-    """As `nearest`, among the rows given; `take` fetches the vectors of some rows."""
+    """As `by_products`, among the rows given; `take` fetches the vectors of some rows."""
     step = _rows_a_block(queries)
     parts = (rows[start : start + step] for start in range(0, len(rows), step))
     return _nearest_of(((take(part), part, None) for part in parts), take, queries, k, metric)

@@ -7,7 +7,7 @@ import faiss as _faiss
 import numpy as np
 from jaxtyping import Bool, Float32, Int64
 
-from repkit.ann.nearest import SPARE, Found, Vectors, nearest, nearest_rows, rescored
+from repkit.ann.nearest import SPARE, Found, Vectors, nearest, nearest_rows, rescored, with_lower_rows
 
 faiss: Any = _faiss  # whose stubs lack what its Python adds
 TUNED_FOR = 10  # hits: what ef and nprobe are tuned for
@@ -112,7 +112,8 @@ def _exact(index: Any, raw: Vectors | None, queries: Queries, k: int, metric: st
     if whole is not None:
         if _multiplies(index, len(queries), k, allowed):
             rows = index.search(queries, min(k + SPARE, index.ntotal))[1]
-            return rescored(whole.__getitem__, queries, rows, k, metric=metric)
+            found = rescored(whole.__getitem__, queries, rows, rows.shape[1], metric=metric)
+            return with_lower_rows(found, whole, queries, k, metric=metric)
         return nearest(whole, queries, k, metric=metric, allowed=allowed)
     if kind_of(index) == "ivf-pq":
         raise ValueError('"ivf-pq" holds compressed vectors only; give raw= for an exact search')

@@ -34,7 +34,7 @@ def candidates(
         return np.empty((1, 0), np.int64)
     if allowed is None or not _LISTED <= number / len(vectors) < _NEARLY_ALL:
         scores, rows = _searched(vectors, query, count, metric, _selector(allowed, number))
-        if metric == "l2" or k >= count or scores[0, k - 1] > scores[0, -1]:
+        if metric == "l2" or (np.isfinite(scores[0, 0]) and (k >= count or scores[0, k - 1] > scores[0, -1])):
             return rows
     return _among(_nearness(vectors, query, metric), allowed, count)[None]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from repkit.ann.nearest import Found, Vectors, nearest, rescored
+from repkit.ann.nearest import Found, Vectors, by_products, rescored
 from repkit.ann.searching import TUNED_FOR
 
 _MOST_HELD_OUT, _SHARE = 4000, 10
@@ -51,7 +51,7 @@ def trials(
     vectors: Vectors, queries: Queries, metric: str, allowed: Bool[np.ndarray, " n"] | None
 ) -> tuple[Trial, Trial]:
     """Every second query to tune by, and the others to measure with; compared with the allowed vectors."""
-    limits = nearest(vectors, queries, TUNED_FOR, metric=metric, allowed=allowed)[0][:, -1]
+    limits = by_products(vectors, queries, TUNED_FOR, metric=metric, allowed=allowed)[0][:, -1]
     first, second = (Trial(vectors, queries[start::2], limits[start::2], metric) for start in (0, 1))
     return first, second
 

@@ -4,6 +4,9 @@ import errno
 import json
 import logging
 import math
+import re
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -29,6 +32,9 @@ _CODES = {
     504: "deadline",
     507: "cannot_store",
 }
+
+
+_BRANCH = re.compile(r"constrained-\w+|bool|float|(list|dict)\[.*")  # of the kinds of value that a place may have
 
 
 class Json(JSONResponse):
@@ -103,8 +109,24 @@ async def _on_failure(_: Request, error: Exception) -> Response:
 async def _on_invalid(_: Request, error: Exception) -> Response:
     """Where the request is wrong and how, without what was sent."""
     assert isinstance(error, RequestValidationError)
-    lines = [f"{'.'.join(str(part)[:80] for part in one['loc'])}: {one['msg']}" for one in error.errors()[:5]]
-    return refused(refusal(422, "; ".join(lines)[:2000]))
+    return refused(refusal(422, "; ".join(problems(error.errors())[:5])[:2000]))
+
+
+def problems(errors: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What pydantic found, a line a place: of a value that may be of several kinds it tells why it is none of them."""
+    places: dict[str, list[Mapping[str, Any]]] = {}
+    for one in errors:
+        parts = takewhile(lambda part: not _BRANCH.fullmatch(part), map(str, one["loc"]))
+        places.setdefault(".".join(part[:80] for part in parts), []).append(one)
+    return [f"{place}: {_problem(found)}" for place, found in places.items()]
+
+
+def _problem(found: list[Mapping[str, Any]]) -> str:
+    if len(found) == 1:
+        return found[0]["msg"]
+    nearly = [one["msg"] for one in found if not one["type"].endswith("_type")]  # of the right kind, and yet not right
+    lists = any("list[" in str(part) for one in found for part in one["loc"])
+    return nearly[0] if nearly else f"give text, a number, true or false{', a list or operators with these' * lists}"
 
 
 async def _on_raised(_: Request, error: Exception) -> Response:

@@ -82,6 +82,11 @@ class Batcher:
         self.start, self.close = self._line.start, self._line.close
         metrics.gauge("repkit_waiting_searches", "Searches that wait.", lambda: len(self._line))
 
+    @property
+    def full(self) -> bool:
+        """Whether the next search will be refused."""
+        return self._line.full
+
     async def search(self, vectors: Float32[np.ndarray, "q d"], options: Options, deadline: float) -> Any:
         """The answer for these vectors; `deadline` is one of `time.monotonic`."""
         return await self._line.ask(_Asked(vectors, options, deadline))

@@ -79,11 +79,12 @@ class Client:
 
     Errors of the service are raised as builtin ones with its message: ValueError for a request that is wrong,
     PermissionError for a key that does not suffice, LookupError for what is not there, TimeoutError past a deadline,
-    ConnectionError where it is busy or out of reach, OSError where a change cannot be stored.
+    ConnectionError where it is busy or out of reach, OSError where a change cannot be stored. Numbers of numpy count
+    as those of Python.
     """
 
     def __init__(self, url: str, key: str | None = None, timeout: int | float = 30.0) -> None:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        headers = {} if key is None else {"Authorization": f"Bearer {_header(key, 'key')}"}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=timeout, trust_env=False)
 
     def __enter__(self) -> "Client":
@@ -109,7 +110,7 @@ class Client:
 
     def search_image(self, picture: Picture, k: int = 10, *, where: Where | None = None, **options: Any) -> Found:
         """The items most like a picture, given as a path or as the bytes of a file; options: exact, ef, nprobe."""
-        data = {"k": k, **options, **({} if where is None else {"where": json.dumps(where)})}
+        data = {"k": k, **options, **({} if where is None else {"where": _json(where)})}
         return _found(self._ask("POST", "/v1/search/image", data=data, files={"file": _content(picture)}))
 
     def match(
@@ -135,7 +136,7 @@ class Client:
         self, id: str, picture: Picture, metadata: Metadata | None = None, *, idempotency_key: str | None = None
     ) -> int:
         """Add or replace an item by its picture, which the service keeps."""
-        data = {"id": id, "metadata": json.dumps(dict(metadata or {}))}
+        data = {"id": id, "metadata": _json(dict(metadata or {}))}
         sent: dict[str, Any] = {"data": data, "files": {"file": _content(picture)}}
         return self._ask("POST", "/v1/items/image", headers=_once(idempotency_key), **sent)["version"]
 
@@ -145,18 +146,18 @@ class Client:
 
     def delete(self, ids: Sequence[str]) -> int:
         """Delete items; how many of them were there."""
-        return self._ask("POST", "/v1/items/delete", json={"ids": list(ids)})["deleted"]
+        return self._ask("POST", "/v1/items/delete", json={"ids": _listed(ids)})["deleted"]
 
     def get(self, ids: Sequence[str]) -> list[Item]:
         """The items that are there among these."""
-        found = self._ask("POST", "/v1/items/get", json={"ids": list(ids)})["items"]
+        found = self._ask("POST", "/v1/items/get", json={"ids": _listed(ids)})["items"]
         return [Item(one["id"], _vector(one["vector"]), one["metadata"], one["version"]) for one in found]
 
     def list(self, where: Where | None = None, *, page: int = 1000) -> "Iterator[tuple[str, Metadata]]":
         """The id and the metadata of every item, or of those that pass a filter, in the order of their ids."""
         after: str | None = None
         while True:
-            asked = {"limit": page, "after": after, "where": None if where is None else json.dumps(where)}
+            asked = {"limit": page, "after": after, "where": None if where is None else _json(where)}
             answer = self._ask("GET", "/v1/items", params={name: one for name, one in asked.items() if one is not None})
             yield from ((one["id"], one["metadata"]) for one in answer["items"])
             if (after := answer["after"]) is None:
@@ -164,7 +165,7 @@ class Client:
 
     def count(self, where: Where | None = None) -> int:
         """How many items there are, or pass a filter."""
-        params = {} if where is None else {"where": json.dumps(where)}
+        params = {} if where is None else {"where": _json(where)}
         return self._ask("GET", "/v1/count", params=params)["count"]
 
     def thumbnail(self, id: str, side: int = 256) -> bytes:
@@ -193,7 +194,7 @@ class Client:
 
     def delete_snapshot(self, name: str) -> None:
         """Delete a snapshot."""
-        self._ask("DELETE", f"/v1/snapshots/{quote(name, safe='')}")
+        self._ask("DELETE", f"/v1/snapshots/{_quoted(name)}")
 
     def ready(self) -> bool:
         """Whether the service takes requests."""
@@ -203,9 +204,16 @@ class Client:
             return False
 
     def _ask(self, method: str, path: str, **sent: Any) -> Any:
-        return self._send(method, path, **sent).json()
+        answer = self._send(method, path, **sent)
+        try:
+            return answer.json()
+        except ValueError:
+            raise ConnectionError(f"{self._http.base_url} is no repkit service: it answers without JSON") from None
 
     def _send(self, method: str, path: str, **sent: Any) -> httpx.Response:
+        if "json" in sent:
+            headers = {"Content-Type": "application/json", **sent.pop("headers", {})}
+            sent = {**sent, "content": _json(sent.pop("json")), "headers": headers}
         try:
             answer = self._http.request(method, path, **sent)
         except httpx.TimeoutException as error:
@@ -241,6 +249,22 @@ def _query(query: Vector | str, k: int, where: Where | None, options: Mapping[st
     return {**source, "k": k, **({} if where is None else {"where": dict(where)}), **options}
 
 
+def _listed(ids: Sequence[str]) -> list[str]:
+    if isinstance(ids, str):  # whose letters would be ids
+        raise ValueError(f"give a list of ids, such as [{ids!r}]")
+    return list(ids)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ValueError(f"{str(value)[:60]!r} is a {type(value).__name__}; give texts, numbers, true or false")
+
+
 def _numbers(vector: Vector) -> Sequence[float]:
     return np.asarray(vector, np.float64).tolist()
 
@@ -259,7 +283,14 @@ def _quoted(text: str) -> str:
 
 
 def _once(key: str | None) -> dict[str, str]:
-    return {} if key is None else {"Idempotency-Key": key}
+    return {} if key is None else {"Idempotency-Key": _header(key, "idempotency_key")}
+
+
+def _header(text: str, name: str) -> str:
+    """A text that can be sent in a header; it is in no error, since it may be a secret."""
+    if not text.isascii() or not text.isprintable():
+        raise ValueError(f"the {name} has a line break or a letter beyond ASCII; give it without")
+    return text
 
 
 def _found(answer: Mapping[str, Any]) -> Found:

@@ -16,6 +16,7 @@ Send = Callable[[Any], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/livez", "/readyz")  # to everybody at any time
+SEARCHES = "/v1/search"  # and what is below
 CROWDED = "repkit.crowded"  # in the state of requests on a connection that is one too many
 DEADLINE = b"x-timeout-ms"
 MOST_JSON = 8_000_000  # bytes
@@ -62,6 +63,9 @@ class Limits:
             raise refusal(429, "too many connections at once; try again", Connection="close")
         if self.running > 4 * self.settings.most_waiting:
             raise refusal(429, "too many requests at once; try again")
+        # Parsed and then refused, too many searches would take much of the time of those that can be answered.
+        if scope["path"].startswith(SEARCHES) and scope["app"].state.service.batcher.full:
+            raise refusal(429, "too many searches wait already; try again")
 
     def _seconds(self, scope: Scope) -> float:
         given = header(scope, DEADLINE)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Annotated, Any
 
@@ -32,8 +33,7 @@ async def search_batch(asked: SearchBatch, request: Request, service: Running) -
     most = service.settings.most_queries
     if len(asked.queries) > most:
         raise refusal(422, f"{len(asked.queries)} queries; give at most {most}")
-    answers = await asyncio.gather(*(found(service, one, request.state.deadline) for one in asked.queries))
-    return Json({"answers": answers})
+    return Json({"answers": await found_all(service, asked.queries, request.state.deadline)})
 
 
 @router.post("/search/image", response_model=Found)
@@ -65,17 +65,46 @@ async def found(
     service: Service, asked: Search, deadline: float, vector: Float32[np.ndarray, " d"] | None = None
 ) -> dict[str, Any]:
     """The answer to one search; `vector` takes the place of what the request names."""
+    begun, options = perf_counter(), _options(service, asked)
+    query = await _vector(service, asked) if vector is None else vector
+    answer: Answer = await service.batcher.search(query[None], options, deadline)
+    return await _told(service, asked, answer, 0, begun)
+
+
+async def found_all(service: Service, asked: Sequence[Search], deadline: float) -> list[dict[str, Any]]:
+    """The answers to several searches; those with the same options wait and are searched as one."""
     begun = perf_counter()
+    alike: dict[Options, list[int]] = {}
+    for number, one in enumerate(asked):
+        alike.setdefault(_options(service, one), []).append(number)
+    vectors = await asyncio.gather(*(_vector(service, one) for one in asked))
+    answers = await asyncio.gather(
+        *(
+            service.batcher.search(np.stack([vectors[number] for number in numbers]), options, deadline)
+            for options, numbers in alike.items()
+        )
+    )
+    told = {
+        number: await _told(service, asked[number], answer, row, begun)
+        for numbers, answer in zip(alike.values(), answers, strict=True)
+        for row, number in enumerate(numbers)
+    }
+    return [told[number] for number in range(len(asked))]
+
+
+def _options(service: Service, asked: Search) -> Options:
     if asked.k > service.settings.most_k:
         raise refusal(422, f"k={asked.k}; give at most {service.settings.most_k}")
-    query = await _vector(service, asked) if vector is None else vector
     where = None if asked.where is None else json.dumps(asked.where, sort_keys=True)
-    options = Options(asked.k, where, asked.exact, asked.ef, asked.nprobe)
-    answer: Answer = await service.batcher.search(query[None], options, deadline)
+    return Options(asked.k, where, asked.exact, asked.ef, asked.nprobe)
+
+
+async def _told(service: Service, asked: Search, answer: Answer, row: int, begun: float) -> dict[str, Any]:
+    """One query's part of an answer, as the client gets it."""
     hits: list[dict[str, Any]]
-    hits = [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in answer.hits[0]]
+    hits = [{"id": hit.id, "score": hit.score, "metadata": hit.metadata} for hit in answer.hits[row]]
     if asked.include_vectors:
-        stored = await service.reads.run(lambda: [service.live.get(hit.id) for hit in answer.hits[0]])
+        stored = await service.reads.run(lambda: [service.live.get(hit.id) for hit in answer.hits[row]])
         for hit, one in zip(hits, stored, strict=True):
             hit["vector"] = None if one is None else one.vector.tolist()
     told = {"exact": answer.exact, "version": answer.version, "scanned": answer.scanned, "model": service.maker}

@@ -20,12 +20,13 @@ from repkit.service.settings import Settings
 from repkit.service.state import Service
 
 HEADER_SECONDS = 10.0  # for the headers of a request, from the connection or the answer before
+ANSWER_SECONDS = 20.0  # for a client to read so much of an answer that the rest can be sent
 MOST_CONNECTIONS = 512  # on those beyond, every request is refused
 MOST_REFUSED = 256  # connections; those beyond these are hung up on
 
 
 class _Patient(H11Protocol):
-    """HTTP/1.1, but a client that does not send the headers of its request in time is hung up on."""
+    """HTTP/1.1, but a client that is slow to send the headers of a request, or to read the answer, is hung up on."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -35,14 +36,27 @@ class _Patient(H11Protocol):
         elif beyond > 0:
             self.app_state = {**self.app_state, CROWDED: True}
         self._waits: asyncio.TimerHandle | None = None
+        self._reads: asyncio.TimerHandle | None = None
         self._wait()
 
     def _wait(self) -> None:
         self._waits = self.loop.call_later(HEADER_SECONDS, self._hang_up)
 
     def _hang_up(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+        if self.transport.is_closing():
+            self.transport.abort()  # it would wait for what was sent to be read
+        elif self.cycle is None or self.cycle.response_complete:
             self.transport.close()
+            self._wait()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._reads = self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._reads is not None:
+            self._reads.cancel()
 
     def handle_events(self) -> None:
         before = self.cycle
@@ -57,8 +71,9 @@ class _Patient(H11Protocol):
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._waits is not None:
-            self._waits.cancel()
+        for timer in (self._waits, self._reads):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
 
@@ -122,7 +137,10 @@ def serve(settings: Settings, ready: Callable[[str], None], progress: Any = None
         server = Server(create_app(settings, service), settings, ready)
         gc.collect()
         gc.freeze()  # what is there by now stays: to look through it for garbage took a third of a request's time
-        server.run(sockets=[taken])
+        try:
+            server.run(sockets=[taken])
+        finally:
+            gc.unfreeze()  # else libraries complain at the end of what was never freed
 
 
 def listening(host: str, port: int) -> socket.socket:

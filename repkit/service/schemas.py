@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
 
-from repkit.service.answers import refusal
+from repkit.service.answers import problems, refusal
 
 ID_PATTERN = r"^[^\x00-\x1f\x7f-\x9f]+$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=ID_PATTERN)]
@@ -294,8 +294,6 @@ def read_json(text: str | None, name: str) -> Any:
     try:
         return _READ[name].validate_python(json.loads(text))
     except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join([name, *(str(part)[:80] for part in first["loc"])])
-        raise refusal(422, f"{at}: {first['msg']}") from None
+        raise refusal(422, f"{name}.{problems(error.errors())[0]}") from None
     except (ValueError, RecursionError):
         raise refusal(422, f"{name} is not JSON") from None

@@ -1,6 +1,7 @@
 """What decides how the service behaves: where things are, who may ask, and how much at once."""
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Settings:
             )
 
 
+@lru_cache(maxsize=64)
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a service that listens there."""
     try:

@@ -55,6 +55,11 @@ class Line(Generic[Asked]):
         """How many wait."""
         return len(self._waiting)
 
+    @property
+    def full(self) -> bool:
+        """Whether the next to ask will be refused, if it asks now."""
+        return len(self._waiting) >= self._most
+
     def start(self) -> None:
         """Start the thread; returns when it is prepared or has failed to be."""
         self._thread.start()
@@ -74,10 +79,10 @@ class Line(Generic[Asked]):
         with self._condition:
             if self._closed:
                 raise refusal(503, "the service is ending")
-            if len(self._waiting) >= self._most:
+            if self.full:
                 raise refusal(429, f"{len(self._waiting)} {self._what} wait already; try again")
             self._waiting.append(waiting)
-            if len(self._waiting) == 1 or len(self._waiting) >= self._crowd:
+            if len(self._waiting) == 1 or len(self._waiting) >= self._crowd or self.full:
                 self._condition.notify()
         return await waiting.future
 
@@ -90,7 +95,11 @@ class Line(Generic[Asked]):
             with self._condition:
                 self._gather()
                 batch = self._choose(self._waiting)
-            self._answer(batch)
+            try:
+                self._answer(batch)
+            except Exception as error:  # it must not end the thread, which all others wait for
+                for one in batch:
+                    one.result = error
             self._deliver(batch)
 
     def _awaited(self) -> bool:
@@ -106,7 +115,8 @@ class Line(Generic[Asked]):
     def _gather(self) -> None:
         """Wait until those just answered have asked again or seem not to."""
         until = perf_counter() + self._patience()
-        while len(self._waiting) < self._crowd and not self._closed and (left := until - perf_counter()) > 0:
+        most = min(self._crowd, self._most)
+        while len(self._waiting) < most and not self._closed and (left := until - perf_counter()) > 0:
             before = len(self._waiting)
             self._condition.wait(min(PAUSE, left))
             if len(self._waiting) == before and not self._telling:
@@ -115,12 +125,14 @@ class Line(Generic[Asked]):
     def _deliver(self, batch: Sequence[Waiting[Asked]]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[Waiting[Asked]]] = {}
         for one in batch:
-            if not one.future.get_loop().is_closed():
-                by_loop.setdefault(one.future.get_loop(), []).append(one)
+            by_loop.setdefault(one.future.get_loop(), []).append(one)
         with self._condition:
             self._crowd, self._telling = len(self._waiting) + len(batch), self._telling + len(by_loop)
         for loop, ours in by_loop.items():
-            loop.call_soon_threadsafe(self._tell, loop, ours)
+            try:
+                loop.call_soon_threadsafe(self._tell, loop, ours)
+            except RuntimeError:  # it is closed, and nobody waits in it
+                self._told()
 
     def _tell(self, loop: asyncio.AbstractEventLoop, batch: Sequence[Waiting[Asked]]) -> None:
         for one in batch:
