@@ -76,8 +76,9 @@ def test_a_service_with_a_model_imports_no_training(start, tmp_path):
     assert process.wait(20) == 0 and process.stderr.read() == ""  # no library complains of what was not freed
 
 
-def head(length):
-    lines = ["PUT /v1/items HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {length}"]
+def head(length, route="PUT /v1/items", *more):
+    lines = [f"{route} HTTP/1.1", "Host: 127.0.0.1", "Content-Type: application/json", f"Content-Length: {length}"]
+    lines += more
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
@@ -135,26 +136,47 @@ def key_file(folder):
     return folder / "keys"
 
 
-def test_requests_on_too_many_connections_are_refused(start, tmp_path):
+@pytest.fixture
+def few(start, tmp_path):
+    """The address of a service for three connections."""
     folder = make_index(tmp_path / "index", vectors_of(5))
     fewer = "    from repkit.service import run\n    run.MOST_CONNECTIONS = 3\n"
-    few = _SERVE.replace("    def ready", f"{fewer}    def ready")
-    process = start("-c", few, folder)
-    url, _ = json.loads(process.stdout.readline())
-    with asking(url) as http:
+    process = start("-c", _SERVE.replace("    def ready", f"{fewer}    def ready"), folder)
+    return json.loads(process.stdout.readline())[0]
+
+
+def test_where_all_connections_are_busy_requests_on_others_are_refused(few):
+    place = few.removeprefix("http://").split(":")
+    busy = [socket.create_connection((place[0], int(place[1])), timeout=20) for _ in range(3)]
+    body = json.dumps({"id": "3", "k": 1}).encode()
+    for one in busy:
+        one.sendall(head(len(body), "POST /v1/search", "Expect: 100-continue"))
+        assert one.recv(4096).startswith(b"HTTP/1.1 100")  # by now it waits for the body
+    with asking(few) as late:
+        refused = late.post("/v1/search", content=body, headers={"Content-Type": "application/json"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "busy")
+        assert refused.headers["retry-after"] == "1" and refused.headers["connection"] == "close"
+        assert late.get("/livez").status_code == late.get("/readyz").status_code == 200
+    busy[0].sendall(body)
+    assert busy[0].recv(4096).startswith(b"HTTP/1.1 200")
+    with asking(few) as late:
+        assert late.get("/v1/stats").status_code == 200  # in the place of the one that has its answer
+    for one in busy[1:]:
+        one.sendall(body)
+        assert one.recv(4096).startswith(b"HTTP/1.1 200")
+    for one in busy:
+        one.close()
+
+
+def test_a_connection_without_a_request_makes_room(few):
+    with asking(few) as http:
         assert http.get("/v1/stats").status_code == 200
         address = (http.base_url.host, http.base_url.port)
-        held = [socket.create_connection(address, timeout=20) for _ in range(2)]
-        with asking(url) as late:
-            refused = late.post("/v1/search", json={"id": "3", "k": 1})
-            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "busy")
-            assert refused.headers["retry-after"] == "1" and refused.headers["connection"] == "close"
-            assert late.get("/livez").status_code == late.get("/readyz").status_code == 200
-        assert http.post("/v1/search", json={"id": "3", "k": 1}).status_code == 200  # on the connection it has
-        for one in held:
+        idle = [socket.create_connection(address, timeout=20) for _ in range(20)]
+        with asking(few) as late:
+            assert late.get("/v1/stats").status_code == 200
+        with pytest.raises(ConnectionError):
+            if not idle[0].recv(1):
+                raise ConnectionResetError
+        for one in idle:
             one.close()
-        with asking(url) as late:
-            deadline = time.monotonic() + 10
-            while (again := late.get("/v1/stats")).status_code == 429 and time.monotonic() < deadline:
-                time.sleep(0.02)
-            assert again.status_code == 200

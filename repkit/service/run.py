@@ -21,7 +21,7 @@ from repkit.service.state import Service
 
 HEADER_SECONDS = 10.0  # for the headers of a request, from the connection or the answer before
 ANSWER_SECONDS = 20.0  # for a client to read so much of an answer that the rest can be sent
-MOST_CONNECTIONS = 512  # on those beyond, every request is refused
+MOST_CONNECTIONS = 512  # beyond these, the one idle for longest is hung up on; where none is, requests are refused
 MOST_REFUSED = 256  # connections; those beyond these are hung up on
 
 
@@ -30,14 +30,26 @@ class _Patient(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        beyond = len(self.connections) - MOST_CONNECTIONS
-        if beyond > MOST_REFUSED:
-            transport.abort()
-        elif beyond > 0:
+        self.since = self.loop.time()  # when it was made, or answered last
+        if len(self.connections) > MOST_CONNECTIONS and not self._make_room():
             self.app_state = {**self.app_state, CROWDED: True}
+            if len(self.connections) > MOST_CONNECTIONS + MOST_REFUSED:
+                transport.abort()
         self._waits: asyncio.TimerHandle | None = None
         self._reads: asyncio.TimerHandle | None = None
         self._wait()
+
+    def _make_room(self) -> bool:
+        """Hang up on the connection that is idle for longest; False where all others are busy."""
+        idle = [one for one in self.connections if isinstance(one, _Patient) and one is not self and one.idle]
+        if idle:
+            min(idle, key=lambda one: one.since).transport.abort()
+        return bool(idle)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is asked on it, so that it may be closed."""
+        return not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete)
 
     def _wait(self) -> None:
         self._waits = self.loop.call_later(HEADER_SECONDS, self._hang_up)
@@ -45,7 +57,7 @@ class _Patient(H11Protocol):
     def _hang_up(self) -> None:
         if self.transport.is_closing():
             self.transport.abort()  # it would wait for what was sent to be read
-        elif self.cycle is None or self.cycle.response_complete:
+        elif self.idle:
             self.transport.close()
             self._wait()
 
@@ -66,6 +78,7 @@ class _Patient(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        self.since = self.loop.time()
         if self._waits is not None:
             self._waits.cancel()
         self._wait()
