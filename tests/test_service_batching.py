@@ -46,7 +46,8 @@ async def asking(ask: Callable[[float], Awaitable[Any]], number: int, rounds: in
         assert await ask(number + turn) == 2 * (number + turn)
 
 
-def test_clients_that_ask_again_are_searched_together():
+def test_clients_that_ask_again_are_searched_together(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(batching, "PATIENCE", 1e3)  # a busy machine may take longer than a search to let them ask
     sizes: list[int] = []
     with searching(sizes) as ask:
 
