@@ -99,6 +99,20 @@ def test_filters_that_span_parts_and_widen_columns(live):
     assert live.count({"stamp": {"gt": 0}}) == 1
 
 
+def test_a_filter_asked_again_sees_what_was_changed(live):
+    live.compact()
+    segment = live.snapshot().parts[0].source
+    columns = {"stamp": "integer"}
+    assert segment.mask({"stamp": 0}, columns) is segment.mask({"stamp": 0}, columns)  # kept
+    assert live.count({"stamp": 0}) == live.count({"stamp": {"lt": 0.5}}) == 30 and live.count({"label": "bag"}) == 10
+    name = live.list(None, 1, {"label": "bag"})[0].id
+    live.update(name, {"label": "coat", "stamp": 7})
+    live.delete([live.list(None, 1, {"label": "bag"})[0].id])
+    assert live.count({"stamp": 0}) == 28 and live.count({"label": "bag"}) == 8 and live.count({"stamp": 7}) == 1
+    live.update(name, {"stamp": 0.25})  # now a column of numbers
+    assert live.count({"stamp": 0}) == 28 and live.count({"stamp": {"lt": 0.5}}) == 29 and live.count({"stamp": 7}) == 0
+
+
 def test_integers_beyond_53_bits_fit_into_columns_of_numbers(live, tmp_path):
     vector, large = vector_of(5, 0), 2**53 + 1
     live.upsert([Item("a", vector, {"n": large}), Item("b", vector, {"m": 0.5})])

@@ -313,6 +313,8 @@ def test_when_too_many_wait_the_next_are_sent_away(served, http, settings):
             while sum(one.done() for one in asked) < 30 - settings.most_waiting - 1:
                 held.wait(0.01)
             assert http.get("/livez").status_code == http.get("/readyz").status_code == 200
+            unread = http.post("/v1/search", content=b"{", headers=JSON)  # is refused before it is parsed
+            check_refused(unread, 429, "busy")
             held.set()
             answers = [one.result() for one in asked]
     finally:
@@ -323,7 +325,7 @@ def test_when_too_many_wait_the_next_are_sent_away(served, http, settings):
     busy = next(one for one in answers if one.status_code == 429)
     assert busy.headers["retry-after"] == "1" and busy.json()["error"]["code"] == "busy"
     assert http.post("/v1/search", json={"id": "1"}).status_code == 200
-    assert 'repkit_refused_total{reason="busy"} 21.0' in http.get("/metrics").text
+    assert 'repkit_refused_total{reason="busy"} 22.0' in http.get("/metrics").text
 
 
 def test_a_deadline_is_kept(served, http):
